@@ -1,0 +1,31 @@
+"""What may be shown of a setting: passwords, tokens and values from the environment are replaced by `***`."""
+
+import re
+
+MASK = "***"
+
+_SECRET_NAME = re.compile(
+    r"passw|passphrase|\bpwd\b|secret|token|credential|signature|\bsas\b|key$|\bkey\b|(?:api|access|account|private)_?key",
+    re.IGNORECASE,
+)
+_USER_INFO = re.compile(r"(?<=://)[^/\s@:]*:[^\s@]*@|(?<=http://)[^/\s@]+@|(?<=https://)[^/\s@]+@")
+_SECRET_PAIR = re.compile(
+    r"((?:[\w.-]*(?:passw|secret|token|credential|passphrase)[\w.-]*|pwd|sig|sas|[\w.-]*key)\s*[=:]\s*)[^\s&;,\"']+",
+    re.IGNORECASE,
+)
+
+
+def is_secret_name(name: str) -> bool:
+    """True for the name of a free entry (an option, a Spark property, a tag) whose value nobody should see.
+
+    Shoal's own settings hold no secret, so `source.key` and `chunk.tokens` are never asked.
+    """
+    return _SECRET_NAME.search(re.sub(r"(?<=[a-z])(?=[A-Z])|_", "-", name)) is not None
+
+
+def scrub(text: str, *, pairs: bool) -> str:
+    """The text without `user:password@` in a URI; with `pairs` also without what follows `password=` and its like."""
+    text = _USER_INFO.sub(f"{MASK}@", text)
+    if pairs or "://" in text:
+        text = _SECRET_PAIR.sub(lambda found: found[1] + MASK, text)
+    return text

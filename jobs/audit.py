@@ -1,0 +1,125 @@
+"""Nothing is published before it has been accounted for: counts reconcile, and the run stays within its limits."""
+
+from dataclasses import dataclass, field
+
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from shoal.conf.errors import InternalError, LimitError
+from shoal.conf.run import LimitsConfig
+from shoal.conf.values import Limit
+from shoal.jobs.have import Have
+from shoal.jobs.layout import TableRef
+from shoal.jobs.planner import ChunkPlan, RowCounts, RowPlan
+from shoal.jobs.staging import staged_errors, staged_rows
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of every planned chunk: `embedded` + the errors = `planned`; tokens are those of distinct content."""
+
+    planned: int
+    embedded: int
+    truncated: int
+    encoded: int
+    tokens: int
+    errors: dict[str, int] = field(default_factory=dict)
+
+
+def reconcile(
+    spark: SparkSession,
+    ref: TableRef,
+    rows: RowPlan,
+    chunks: ChunkPlan,
+    have: Have,
+    *,
+    fingerprint: str,
+    run_id: str,
+) -> Account:
+    """Accounts for every planned chunk from the hash columns alone.
+
+    Raises InternalError when one chunk has neither a vector nor a reason, or when staging holds one vector twice.
+    """
+    planned = rows.published.select("row_hash").join(
+        chunks.chunks.select("row_hash", "content_hash", "error"), on="row_hash", how="inner"
+    )
+    needed = chunks.contents()
+    vectors = (
+        have.columns(needed, "truncated")
+        .groupBy("content_hash")
+        .agg(
+            F.count_if(F.col("rank") == 0).alias("__staged"),
+            F.min_by(F.coalesce("truncated", F.lit(False)), "rank").alias("__cut"),
+        )
+    )
+    failed = staged_errors(spark, ref, fingerprint).select("content_hash", F.col("error").alias("__why"))
+    joined = planned.join(vectors, on="content_hash", how="left").join(failed, on="content_hash", how="left")
+    has_vector = F.col("error").isNull() & F.col("__staged").isNotNull()
+    reason = F.coalesce("error", F.when(~has_vector, F.col("__why")))
+    counts = joined.groupBy(reason.alias("reason"), has_vector.alias("has")).agg(
+        F.count(F.lit(1)).alias("n"),
+        F.count_if(has_vector & F.col("__cut")).alias("cut"),
+        F.count_if(F.col("__staged") > 1).alias("doubled"),
+    )
+    embedded = truncated = lost = doubled = 0
+    errors: dict[str, int] = {}
+    for row in counts.collect():
+        doubled += row["doubled"]
+        if row["reason"] is not None:
+            errors[row["reason"]] = errors.get(row["reason"], 0) + row["n"]
+        elif row["has"]:
+            embedded, truncated = row["n"], row["cut"]
+        else:
+            lost = row["n"]
+    total = embedded + lost + sum(errors.values())
+    if lost or doubled or total != chunks.planned:
+        raise InternalError(
+            f"run {run_id}: {chunks.planned} chunks were planned, {embedded} have a vector, {sum(errors.values())} a "
+            f"reason, {lost} neither, and {doubled} have two vectors in staging ({ref.staging}); nothing was "
+            "published. "
+            f"Please report this; `shoal embed` again plans from scratch"
+        )
+    mine = staged_rows(spark, ref, fingerprint).where(F.col("run_id") == run_id)
+    sums = mine.agg(F.count(F.lit(1)).alias("n"), F.coalesce(F.sum("n_tokens"), F.lit(0)).alias("tokens")).collect()[0]
+    return Account(
+        chunks.planned, embedded, truncated, int(sums["n"]), int(sums["tokens"]), dict(sorted(errors.items()))
+    )
+
+
+def check_rows(limits: LimitsConfig, counts: RowCounts) -> None:
+    """LimitError when the source is too small, or when too many published rows would go."""
+    if counts.source < limits.min_rows:
+        raise LimitError(
+            f"limits.min_rows is {limits.min_rows} and the source has {counts.source} rows; nothing was "
+            "published. If the "
+            f"source is right, lower limits.min_rows"
+        )
+    num_published = counts.unchanged + counts.changed + counts.metadata_only + counts.deleted
+    if counts.deleted and limits.max_deleted.exceeded(counts.deleted, num_published):
+        raise LimitError(
+            f"limits.max_deleted is {limits.max_deleted} and {counts.deleted} of the {num_published} published "
+            "rows are "
+            f"no longer in the source; nothing was published. If the source is right, run once with --set "
+            f"limits.max_deleted=100%"
+        )
+
+
+def check_errors(limit: Limit, account: Account) -> None:
+    """LimitError when too many of the planned chunks have a reason instead of a vector."""
+    count = sum(account.errors.values())
+    if count and limit.exceeded(count, account.planned):
+        shown = ", ".join(f"{reason}: {number}" for reason, number in account.errors.items())
+        raise LimitError(
+            f"limits.max_errors is {limit} and {count} of {account.planned} planned chunks have no vector ({shown}); "
+            f"nothing was published, the good vectors wait in staging. Mend the source, or raise limits.max_errors"
+        )
+
+
+def check_cost(max_cost: float | None, price: float | None) -> None:
+    """LimitError when the estimate is above the price that the run file allows."""
+    if max_cost is not None and price is not None and price > max_cost:
+        raise LimitError(
+            f"limits.max_cost is {max_cost:g} and this run would cost about {price:.2f}; nothing was encoded. "
+            "Raise the "
+            f"limit, or see `shoal plan` for what is new"
+        )

@@ -1,0 +1,81 @@
+"""Sends the content to encode through the executors, wave by wave, into staging."""
+
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+
+from py4j.protocol import Py4JJavaError
+from pyspark import inheritable_thread_target
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from shoal.jobs.layout import TableRef
+from shoal.jobs.prepare import worker_error
+from shoal.jobs.staging import append_wave
+from shoal.udfs.canaries import Canaries
+from shoal.udfs.encode_udf import make_encode
+from shoal.udfs.encoder import EncodeOptions
+from shoal.udfs.encoder_spec import EncoderSpec
+from shoal.udfs.progress import ProgressTarget
+from shoal.udfs.schema import ENCODE_OUTPUT_DDL
+
+# While one wave commits and its last tasks run out, the next one's tasks have the free slots.
+WAVES_IN_FLIGHT = 2
+
+
+def encode_waves(
+    spark: SparkSession,
+    ref: TableRef,
+    todo: DataFrame,
+    num_waves: int,
+    *,
+    num_slots: int,
+    run_id: str,
+    spec: EncoderSpec,
+    options: EncodeOptions,
+    canaries: Canaries | None,
+    progress: ProgressTarget | None,
+    step: Callable[[str], None],
+) -> None:
+    """Encodes `todo` and appends it to staging, a commit per wave; `step` is called before and after each commit.
+
+    At the first wave that fails no further one is started and those in flight are cancelled; waves that have been
+    committed stay. Raises WorkerError when an executor refuses (its canaries moved, no device), RunError otherwise.
+    """
+    encode_group = f"shoal-encode-{run_id}"
+
+    def encode(wave: int) -> None:
+        spark.sparkContext.setJobGroup(
+            encode_group, f"shoal: encode wave {wave + 1} of {num_waves}", interruptOnCancel=True
+        )
+        target = None if progress is None else replace(progress, wave=wave)
+        texts = in_slots(todo.where(F.col("wave") == wave), num_slots).select("content_hash", "text")
+        vectors = texts.mapInArrow(make_encode(spec, options, canaries, target), ENCODE_OUTPUT_DDL)
+        step(f"wave {wave} started")
+        append_wave(vectors, ref, fingerprint=spec.fingerprint, run_id=run_id, wave=str(wave))
+        step(f"wave {wave} staged")
+
+    with ThreadPoolExecutor(WAVES_IN_FLIGHT, thread_name_prefix="shoal-wave") as pool:
+        waiting = list(range(num_waves))
+        running: set[Future[None]] = set()
+        try:
+            while waiting or running:
+                while waiting and len(running) < WAVES_IN_FLIGHT:
+                    running.add(pool.submit(inheritable_thread_target(spark)(encode), waiting.pop(0)))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+        except BaseException as error:
+            spark.sparkContext.cancelJobGroup(encode_group)
+            if isinstance(error, (PySparkException, Py4JJavaError)):
+                raise worker_error(error) from error
+            raise
+
+
+def in_slots(rows: DataFrame, num_slots: int) -> DataFrame:
+    """Puts each row into the partition that its `slot` names; before Spark 4.1 slots may share a partition."""
+    by_id = getattr(rows, "repartitionById", None)
+    if by_id is None:
+        return rows.repartition(num_slots, "slot")
+    return by_id(num_slots, F.col("slot"))

@@ -1,0 +1,132 @@
+"""The few file operations beside Delta's own, on any file system that Spark can reach."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from py4j.protocol import Py4JJavaError
+from pyspark.sql import SparkSession
+
+from shoal.conf.errors import DestinationError
+
+
+def local_path(path: str) -> Path | None:
+    """The local path behind `path`, None when it is on another file system."""
+    if path.startswith("file:"):
+        return Path("/" + path.removeprefix("file:").lstrip("/"))
+    return None if ":" in path.split("/", 1)[0] else Path(path)
+
+
+def absolute(path: str) -> str:
+    """A local path from the working directory on; an address with a scheme as it is."""
+    local = local_path(path)
+    return path if local is None else str(local.expanduser().absolute())
+
+
+def join(folder: str, *names: str) -> str:
+    """A path below a folder, whatever the scheme."""
+    return "/".join([folder.rstrip("/"), *names])
+
+
+class FileSystem:
+    """Hadoop's view of one root, with local files written by Python, whose exclusive create is atomic."""
+
+    def __init__(self, spark: SparkSession, root: str) -> None:
+        self._jvm: Any = spark._jvm
+        self._fs = self._path(root).getFileSystem(spark._jsc.hadoopConfiguration())
+
+    def exists(self, path: str) -> bool:
+        return bool(self._fs.exists(self._path(path)))
+
+    def is_occupied(self, path: str) -> bool:
+        """Whether a file, or a folder with something in it, is there."""
+        place = self._path(path)
+        return self.exists(path) and (self._fs.getFileStatus(place).isFile() or len(self._fs.listStatus(place)) > 0)
+
+    def names(self, folder: str) -> list[str]:
+        """Names directly below a folder, sorted; none when the folder is absent."""
+        if not self.exists(folder):
+            return []
+        return sorted(status.getPath().getName() for status in self._fs.listStatus(self._path(folder)))
+
+    def delete(self, path: str) -> None:
+        """Removes a file or a whole folder; an absent one is no error."""
+        self._fs.delete(self._path(path), True)
+
+    def read(self, path: str) -> str | None:
+        """The text of a small file, None when it is absent."""
+        local = local_path(path)
+        if local is not None:
+            try:
+                return local.read_text()
+            except FileNotFoundError:
+                return None
+        if not self.exists(path):
+            return None
+        stream = self._fs.open(self._path(path))
+        try:
+            return self._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8")
+        finally:
+            stream.close()
+
+    def create(self, path: str, text: str) -> bool:
+        """Writes a new file; False when it exists already. Atomic on local disks and HDFS."""
+        local = local_path(path)
+        if local is None:
+            return self._write(path, text, overwrite=False)
+        local.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(local, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            return False
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        return True
+
+    def replace(self, path: str, text: str) -> None:
+        """Overwrites a small file; on a local disk readers see the old or the new text, never a part."""
+        local = local_path(path)
+        if local is None:
+            self._write(path, text, overwrite=True)
+            return
+        part = local.with_name(f".{local.name}.{os.getpid()}")
+        part.write_text(text)
+        part.replace(local)
+
+    def move(self, old: str, new: str) -> bool:
+        """Renames a file; False when it is gone, so that of two who try only one succeeds."""
+        local = local_path(old)
+        if local is None:
+            return bool(self._fs.rename(self._path(old), self._path(new)))
+        try:
+            os.rename(local, local_path(new) or new)  # noqa: PTH104
+        except FileNotFoundError:
+            return False
+        return True
+
+    def require_writable(self, folder: str) -> None:
+        """DestinationError, naming the folder, when a file cannot be made in it."""
+        probe = join(folder, f".shoal-{os.getpid()}")
+        try:
+            self._fs.mkdirs(self._path(folder))
+            self.create(probe, "")
+            self.delete(probe)
+        except (OSError, Py4JJavaError) as error:
+            reason = str(error.java_exception.getMessage()) if isinstance(error, Py4JJavaError) else str(error)
+            raise DestinationError(
+                f"destination: '{folder}' cannot be written ({reason}); check its owner, its mode and the free space"
+            ) from error
+
+    def _write(self, path: str, text: str, *, overwrite: bool) -> bool:
+        try:
+            stream = self._fs.create(self._path(path), overwrite)
+        except Py4JJavaError as error:
+            if "FileAlreadyExists" in error.java_exception.getClass().getName():
+                return False
+            raise
+        stream.write(bytearray(text, "utf-8"))
+        stream.close()
+        return True
+
+    def _path(self, path: str):
+        return self._jvm.org.apache.hadoop.fs.Path(path)

@@ -1,0 +1,107 @@
+"""Where the tables of one destination lie: the published one, and beside it what only Shoal reads."""
+
+from dataclasses import dataclass
+
+from pyspark.errors import AnalysisException
+from pyspark.sql import DataFrame, SparkSession
+
+from shoal.conf.errors import DestinationError
+from shoal.conf.run import DestinationConfig
+from shoal.jobs.filesystem import absolute, join
+from shoal.jobs.hashing import quoted
+
+SIDECAR_SUFFIX = "__shoal"
+
+
+@dataclass(frozen=True)
+class TableRef:
+    """A Delta table by path or by catalog name, and the folder of its sidecar tables."""
+
+    path: str | None
+    name: str | None
+    sidecar: str
+
+    def __str__(self) -> str:
+        return self.name or self.path or ""
+
+    @property
+    def sql(self) -> str:
+        """How SQL and DataFrameWriterV2 name the table."""
+        if self.name:
+            return ".".join(quoted(part) for part in self.name.split("."))
+        return f"delta.{quoted(self.path or '')}"
+
+    @property
+    def staging(self) -> str:
+        return join(self.sidecar, "staging")
+
+    @property
+    def runs(self) -> str:
+        return join(self.sidecar, "runs")
+
+    @property
+    def canaries(self) -> str:
+        return join(self.sidecar, "canaries")
+
+    @property
+    def lease(self) -> str:
+        return join(self.sidecar, "lease.json")
+
+    @property
+    def work(self) -> str:
+        """Folder of run-scoped tables: `work/<run id>/{rows,chunks,todo}`."""
+        return join(self.sidecar, "work")
+
+    def read(self, spark: SparkSession, version: int | None = None) -> DataFrame:
+        """The published rows, at a Delta version when one is given."""
+        reader = spark.read.format("delta")
+        if version is not None:
+            reader = reader.option("versionAsOf", version)
+        return reader.load(self.path) if self.path else reader.table(self.name or "")
+
+
+def table_of(spark: SparkSession, destination: DestinationConfig) -> TableRef:
+    """The table that a run file names; the sidecar lies beside it unless `destination.sidecar` says where."""
+    if destination.path:
+        path = destination.path.rstrip("/")
+        return TableRef(path, None, destination.sidecar or path + SIDECAR_SUFFIX)
+    name = destination.table or ""
+    return TableRef(None, name, destination.sidecar or _sidecar_of_name(spark, name))
+
+
+def table_named(spark: SparkSession, table: str) -> TableRef:
+    """The table that a user names on the command line: a path when it looks like one, else a catalog name."""
+    if "/" in table or not _is_catalog_table(spark, table):
+        path = absolute(table).rstrip("/")
+        return TableRef(path, None, path + SIDECAR_SUFFIX)
+    return TableRef(None, table, _sidecar_of_name(spark, table))
+
+
+def read_delta(spark: SparkSession, path: str) -> DataFrame:
+    """A sidecar table as it is now."""
+    return spark.read.format("delta").load(path)
+
+
+def _is_catalog_table(spark: SparkSession, name: str) -> bool:
+    try:
+        return bool(spark.catalog.tableExists(name))
+    except AnalysisException:
+        return False
+
+
+def _sidecar_of_name(spark: SparkSession, name: str) -> str:
+    *namespace, table = name.split(".")
+    described = ".".join(quoted(part) for part in namespace) or quoted(spark.catalog.currentDatabase())
+    try:
+        rows = spark.sql(f"DESCRIBE NAMESPACE {described}").collect()
+    except AnalysisException as error:
+        raise DestinationError(
+            f"destination.table '{name}': the schema {described} is not there; create it first (CREATE SCHEMA ..)"
+        ) from error
+    location = next((row[1] for row in rows if row[0].lower() == "location"), None)
+    if not location:
+        raise DestinationError(
+            f"destination.table '{name}': the schema {described} has no location; say with destination.sidecar in "
+            f"which folder Shoal keeps its staging and run tables"
+        )
+    return join(location, table + SIDECAR_SUFFIX)

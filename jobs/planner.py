@@ -1,0 +1,326 @@
+"""The difference between a source and a published table: which rows, which chunks, which content to encode.
+
+    rows     keys, text, hashes, metadata, ACTION         the difference, read from the source once
+    chunks   row_hash -> chunk_index, offsets, text, content_hash, error
+    todo     content_hash, text, wave, slot                 distinct content that nobody has a vector for
+
+A run writes each of the three below `work/<run id>` and reads nothing else from then on; `shoal plan` keeps them on the
+executors' disks instead. All three are functions of the source, the published table and the run file alone.
+"""
+
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Protocol
+
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, Observation, Window
+from pyspark.sql import functions as F
+
+from shoal.conf.errors import SourceError
+from shoal.conf.run import ChunkConfig, SourceConfig
+from shoal.jobs.hashing import content_hash, quoted
+from shoal.jobs.source import ROW_TEXT, SourceRows
+from shoal.udfs import reasons
+from shoal.udfs.chunk_udf import make_chunk
+from shoal.udfs.schema import CHUNK_OUTPUT_DDL
+
+ACTION = "__action"
+NEW, CHANGED, METADATA_ONLY, DELETED, UNCHANGED = "new", "changed", "metadata_only", "deleted", "unchanged"
+DUPLICATE, NULL_KEY = "duplicate key", "NULL key"
+
+
+class Keep(Protocol):
+    """Stores a DataFrame under a name and gives back what reads it; how differs between a run and `shoal plan`."""
+
+    def __call__(self, name: str, table: DataFrame, *, partition_by: str | None = None) -> DataFrame: ...
+
+
+# Each wave is a partition of `todo` and a commit to staging: past this many, waves grow instead.
+MAX_WAVES = 1000
+
+# Whitespace of every script, control and format characters: a text of nothing else has nothing to encode.
+BLANK = r"^[\s\p{Z}\p{Cc}\p{Cf}]*$"
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """Rows of the source by what becomes of them; `deleted` rows are in the published table only.
+
+    `changed` includes `retried`: rows whose text is as it was but that have a chunk with an error that may pass.
+    """
+
+    source: int = 0
+    new: int = 0
+    changed: int = 0
+    metadata_only: int = 0
+    deleted: int = 0
+    unchanged: int = 0
+    retried: int = 0
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Rows concerned and their counts; `replace` says that the whole table is built anew, and why."""
+
+    rows: DataFrame
+    counts: RowCounts
+    keys: tuple[str, ...]
+    metadata: tuple[str, ...]
+    replace: str | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the table is what the source asks for already."""
+        counts = self.counts
+        return self.replace is None and not (counts.new or counts.changed or counts.metadata_only or counts.deleted)
+
+    @property
+    def published(self) -> DataFrame:
+        """The rows that the table will hold anew: all of `rows` but the deleted ones."""
+        return self.rows.where(F.col(ACTION) != DELETED)
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Chunks of the rows concerned and the content that has to be encoded.
+
+    planned: chunks over all rows; distinct: different contents among those that can be encoded; num_todo of them have
+    no vector yet and are encoded in num_waves waves; errors: planned chunks that can never have one, by reason.
+    """
+
+    chunks: DataFrame
+    todo: DataFrame | None
+    planned: int
+    distinct: int
+    num_todo: int
+    num_waves: int
+    errors: dict[str, int] = field(default_factory=dict)
+
+    def contents(self) -> DataFrame:
+        """The distinct content hashes that a vector is needed for."""
+        return self.chunks.where(F.col("error").isNull()).select("content_hash").distinct()
+
+
+def plan_rows(
+    source: SourceRows, settings: SourceConfig, published: DataFrame | None, keep: Keep, *, replace: str | None
+) -> RowPlan:
+    """Compares source and published rows by key, in one pass over each; rows that stay as they are get no entry.
+
+    With `replace` the unchanged rows are kept too, since the table is written anew. Raises SourceError for NULL or
+    doubled keys, three of them shown, and for a source that cannot be read to its end.
+    """
+    keys = list(source.keys)
+    per_key = Window.partitionBy(*[F.col(quoted(key)) for key in keys])
+    rows = source.rows
+    if settings.duplicates == "keep_first":
+        first = per_key.orderBy("row_hash", "meta_hash")
+        rows = rows.withColumn("__rank", F.row_number().over(first)).where("__rank = 1").drop("__rank")
+    rows = rows.withColumn("__copies", F.count(F.lit(1)).over(per_key))
+    no_key = reduce(lambda one, other: one | other, [F.col(quoted(key)).isNull() for key in keys])
+    if published is None:
+        # Retries and old hashes exist only where there is a table.
+        joined = rows.withColumns(
+            {
+                "__in_source": F.lit(True),
+                "__was_row": F.lit(None).cast("binary"),
+                "__was_meta": F.lit(None).cast("binary"),
+                "__retry": F.lit(False),
+            }
+        )
+    else:
+        joined = rows.withColumn("__in_source", F.lit(True)).join(_old_rows(published, keys), on=keys, how="full_outer")
+    there = F.col("__in_source").isNotNull()
+    was = F.col("__was_row").isNotNull()
+    action = (
+        F.when(~there, DELETED)
+        .when(no_key, NULL_KEY)
+        .when(F.col("__copies") > 1, DUPLICATE)
+        .when(~was, NEW)
+        .when((F.col("row_hash") != F.col("__was_row")) | F.coalesce("__retry", F.lit(False)), CHANGED)
+        .when(F.col("meta_hash") != F.coalesce("__was_meta", F.lit(b"")), METADATA_ONLY)
+        .otherwise(UNCHANGED)
+    )
+    seen = Observation("rows")
+    marked = joined.withColumn(ACTION, action).withColumn(
+        "__retried", (F.col("row_hash") == F.col("__was_row")) & F.coalesce("__retry", F.lit(False))
+    )
+    watched = marked.observe(
+        seen,
+        *[F.count_if(F.col(ACTION) == name).alias(name.replace(" ", "_")) for name in _ACTIONS],
+        F.count_if(F.col("__retried") & (F.col(ACTION) == CHANGED)).alias("retried"),
+    )
+    concerned = watched if replace else watched.where(F.col(ACTION) != UNCHANGED)
+    columns = [quoted(key) for key in keys] + [ROW_TEXT, "row_hash", "meta_hash"]
+    columns += [quoted(name) for name in source.metadata] + [ACTION]
+    try:
+        kept = keep("rows", concerned.select(*columns))
+        found = seen.get
+    except (PySparkException, Py4JJavaError) as error:
+        raise _unreadable(settings, error) from error
+    if found["NULL_key"] or found["duplicate_key"]:
+        raise _bad_keys(kept, keys, found["NULL_key"], found["duplicate_key"])
+    counts = {name: int(found[name]) for name in (NEW, CHANGED, METADATA_ONLY, DELETED, UNCHANGED)}
+    in_source = sum(counts.values()) - counts[DELETED]
+    return RowPlan(
+        kept,
+        RowCounts(source=in_source, retried=int(found["retried"]), **counts),
+        source.keys,
+        source.metadata,
+        replace,
+    )
+
+
+def plan_chunks(
+    rows: RowPlan, chunk: ChunkConfig | None, tokenizer_folder: str, have: DataFrame | None, keep: Keep, waves: "Waves"
+) -> ChunkPlan:
+    """Cuts the rows concerned into chunks, and takes from their content what `have` (content_hash) has already."""
+    chunks = keep("chunks", cut(rows.published, chunk, tokenizer_folder))
+    contents = chunks.where(F.col("error").isNull()).select("content_hash", "text")
+    known = None if have is None else have.distinct().withColumn("__known", F.lit(True))
+    planned = rows.published.select("row_hash").join(chunks.drop("text"), on="row_hash", how="inner")
+    planned = (
+        planned.withColumn("__known", F.lit(None))
+        if known is None
+        else planned.join(known, on="content_hash", how="left")
+    )
+    # Counted on the hashes alone: the number of waves has to be known before the texts are dealt out to them.
+    counts = planned.groupBy("error").agg(
+        F.count(F.lit(1)).alias("n"),
+        F.count_distinct("content_hash").alias("distinct"),
+        F.count_distinct(F.when(F.col("__known").isNull(), F.col("content_hash"))).alias("missing"),
+    )
+    by_reason = {row["error"]: row for row in counts.collect()}
+    good = by_reason.get(None)
+    num_missing = good["missing"] if good else 0
+    num_waves = waves.number(num_missing) if num_missing else 0
+    missing = contents if have is None else contents.join(have, on="content_hash", how="left_anti")
+    todo = keep("todo", deal(missing, num_waves, waves.num_slots), partition_by="wave") if num_missing else None
+    return ChunkPlan(
+        chunks=chunks,
+        todo=todo,
+        planned=sum(row["n"] for row in by_reason.values()),
+        distinct=good["distinct"] if good else 0,
+        num_todo=num_missing,
+        num_waves=num_waves,
+        errors={reason: row["n"] for reason, row in by_reason.items() if reason is not None},
+    )
+
+
+@dataclass(frozen=True)
+class Waves:
+    """How the work is cut: one commit to staging per wave, `num_slots` partitions in each.
+
+    chunks: chunks per wave as the run file says; None: at most 50,000, and so many waves (up to eight, of a thousand
+    chunks or more) that a small run killed in the middle has kept something.
+    """
+
+    num_slots: int
+    chunks: int | None = None
+
+    def number(self, num_chunks: int) -> int:
+        if self.chunks is not None:
+            return min(MAX_WAVES, max(1, -(-num_chunks // self.chunks)))
+        return min(MAX_WAVES, max(1, min(8, num_chunks // 1000), -(-num_chunks // 50_000)))
+
+
+def cut(rows: DataFrame, chunk: ChunkConfig | None, tokenizer_folder: str) -> DataFrame:
+    """Chunks of distinct row texts: row_hash, chunk_index, chunk_start, chunk_end, text, content_hash, error.
+
+    A row without a usable text is one chunk with the reason in `error`. Offsets count code points. Bytes that are not
+    UTF-8 are shown replaced in `text`; the hash is of what the source holds.
+    """
+    texts = rows.select("row_hash", F.col(ROW_TEXT).alias("text")).dropDuplicates(["row_hash"])
+    text = F.col("text")
+    error = (
+        F.when(text.isNull(), reasons.NULL_TEXT)
+        .when(~F.is_valid_utf8(text), reasons.INVALID_UTF8)
+        .when(text.rlike(BLANK), reasons.BLANK_TEXT)
+    )
+    texts = texts.withColumn("error", error)
+    whole: list[Column | str] = [
+        "row_hash",
+        F.lit(0).alias("chunk_index"),
+        F.lit(0).alias("chunk_start"),
+        F.coalesce(F.char_length(F.make_valid_utf8("text")), F.lit(0)).alias("chunk_end"),
+        F.make_valid_utf8("text").alias("text"),
+        content_hash(text).alias("content_hash"),
+        "error",
+    ]
+    if chunk is None:
+        return texts.select(*whole)
+    good = texts.where(F.col("error").isNull()).select("row_hash", "text")
+    parts = good.mapInArrow(make_chunk(chunk, tokenizer_folder), CHUNK_OUTPUT_DDL)
+    parts = parts.withColumns({"content_hash": content_hash(F.col("text")), "error": F.lit(None).cast("string")})
+    bad = texts.where(F.col("error").isNotNull()).select(*whole)
+    return parts.unionByName(bad)
+
+
+def deal(missing: DataFrame, num_waves: int, num_slots: int) -> DataFrame:
+    """Distinct contents (content_hash, text) with `wave`, a slice of the hashes, and `slot`, a partition of the wave.
+
+    Within each wave and each power of two of length, contents are dealt out to the slots like cards, so that the slots
+    of a wave are about equally long.
+    """
+    wave = F.pmod(F.conv(F.hex(F.substring("content_hash", 1, 6)), 16, 10).cast("long"), F.lit(num_waves)).cast("int")
+    contents = missing.groupBy("content_hash").agg(F.first("text").alias("text"))
+    sized = contents.withColumns({"wave": wave, "__size": F.floor(F.log2(F.char_length("text") + 1)).cast("int")})
+    order = Window.partitionBy("wave", "__size").orderBy("content_hash")
+    slot = F.pmod(F.row_number().over(order) + F.col("__size"), F.lit(num_slots)).cast("int")
+    return sized.withColumn("slot", slot).select("content_hash", "text", "wave", "slot").hint("rebalance", "wave")
+
+
+_ACTIONS = (NEW, CHANGED, METADATA_ONLY, DELETED, UNCHANGED, DUPLICATE, NULL_KEY)
+
+
+def _old_rows(published: DataFrame, keys: list[str]) -> DataFrame:
+    """Keys and hashes of the published rows; `__retry` where a chunk has an error that may pass."""
+    names = [quoted(key) for key in keys]
+    permanent = list(reasons.PERMANENT)
+    old = published.where("chunk_index = 0").select(
+        *names,
+        F.coalesce("row_hash", F.lit(b"")).alias("__was_row"),
+        F.coalesce("meta_hash", F.lit(b"")).alias("__was_meta"),
+    )
+    retry = (
+        published.where(F.col("error").isNotNull() & ~F.col("error").isin(permanent))
+        .select(*names)
+        .distinct()
+        .withColumn("__retry", F.lit(True))
+    )
+    # A foreign writer may have doubled a key or written none of chunk 0: whatever is wrong is deleted and written anew.
+    doubled = old.groupBy(*names).agg(
+        F.first("__was_row").alias("__was_row"),
+        F.first("__was_meta").alias("__was_meta"),
+        F.count(F.lit(1)).alias("__n"),
+    )
+    one = doubled.withColumn("__was_row", F.when(F.col("__n") == 1, F.col("__was_row")).otherwise(F.lit(b""))).drop(
+        "__n"
+    )
+    return one.join(retry, on=keys, how="left")
+
+
+def _bad_keys(rows: DataFrame, keys: list[str], num_null: int, num_duplicate: int) -> SourceError:
+    named = ", ".join(keys)
+    if num_null:
+        return SourceError(
+            f"source.key: {num_null} rows have NULL in ({named}); filter them out with source.filter, or fill "
+            "them in a "
+            f"query source"
+        )
+    shown = rows.where(F.col(ACTION) == DUPLICATE).select(*[quoted(key) for key in keys]).distinct().limit(3).collect()
+    examples = "; ".join(", ".join(f"{key}={row[key]!r}" for key in keys) for row in shown)
+    return SourceError(
+        f"source.key: {num_duplicate} rows share their key ({named}) with another row, for example {examples}; choose "
+        f"columns that tell rows apart, or set source.duplicates: keep_first"
+    )
+
+
+def _unreadable(settings: SourceConfig, error: Exception) -> SourceError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = next(
+        (line for line in lines if line.startswith("Caused by") or "MALFORMED" in line), lines[0] if lines else ""
+    )
+    return SourceError(
+        f"source '{settings.path or settings.table or settings.query}' could not be read to its end: {cause}"
+    )

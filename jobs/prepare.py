@@ -1,0 +1,178 @@
+"""What a run settles before it plans: the encoder with its fingerprint, and how it will publish."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession
+
+from shoal.conf import errors
+from shoal.conf.errors import EncoderChangedError, ShoalError, WorkerError
+from shoal.conf.run import EncoderConfig, RunConfig
+from shoal.jobs.canary_store import Probe, known_precision, probe_of
+from shoal.jobs.layout import TableRef
+from shoal.jobs.model_source import resolve_spec
+from shoal.jobs.published import Published
+from shoal.jobs.source import SourceRows
+from shoal.udfs.encode_udf import make_probe
+from shoal.udfs.encoder import EncodeOptions
+from shoal.udfs.encoder_spec import EncoderSpec
+from shoal.udfs.schema import PROBE_OUTPUT_DDL
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A resolved encoder; `probe` only when it had to be tried out to be resolved."""
+
+    spec: EncoderSpec
+    probe: Probe | None
+
+    def described(self, settings: EncoderConfig) -> dict[str, Any]:
+        """What the table remembers: enough to say what the encoder is, and to build it again for a query."""
+        return {
+            "identity": self.spec.identity(),
+            "reference": self.spec.reference,
+            "revision": self.spec.revision,
+            "backend": self.spec.backend,
+            "query_prompt": self.spec.query_prompt,
+            "settings": settings.model_dump(mode="json"),
+        }
+
+
+def resolve_encoder(
+    spark: SparkSession,
+    config: RunConfig,
+    ref: TableRef,
+    published: Published | None,
+    *,
+    full_refresh: bool,
+    say: Callable[[str], None],
+) -> Encoding:
+    """The encoder of the run file, with precision and back end settled once and for all at the first run.
+
+    What the table (or, before it exists, an earlier attempt) has settled holds on any processor; only where nothing is
+    settled does an executor load the model and try. Raises EncoderChangedError when the table holds the vectors of
+    another encoder and the run may not replace them.
+    """
+    spec = resolve_spec(config.encoder, model_cache(), tracking_uri=config.tracking.uri)
+    settled = None if published is None else published.encoder
+    if settled is not None:
+        recorded = settled["identity"].get("precision")
+        spec = _settle(spec, recorded, settled.get("backend"))
+    elif found := known_precision(spark, ref, spec):
+        spec = _settle(spec, *found)
+    probe = None
+    if spec.precision == "auto" or spec.backend == "auto":
+        say(f"trying out encoder {spec.reference}")
+        probe, spec = try_out(spark, spec, options_of(config))
+    if published is not None and published.fingerprint != spec.fingerprint and not full_refresh:
+        raise _changed(published, spec)
+    return Encoding(spec, probe)
+
+
+def options_of(config: RunConfig, *, role: str = "document") -> EncodeOptions:
+    """The settings of `encode` as the executors take them."""
+    settings = config.encode
+    return EncodeOptions(
+        token_budget=settings.token_budget,
+        time_limit_s=settings.time_limit.total_seconds(),
+        threads=settings.threads,
+        role="query" if role == "query" else "document",
+    )
+
+
+def try_out(spark: SparkSession, spec: EncoderSpec, options: EncodeOptions) -> tuple[Probe, EncoderSpec]:
+    """Loads the model in one task, settles precision and back end, checks parity, and encodes the canaries."""
+    try:
+        row = spark.range(0, 1, 1, 1).mapInArrow(make_probe(spec, options), PROBE_OUTPUT_DDL).collect()[0]
+    except (PySparkException, Py4JJavaError) as error:
+        raise worker_error(error) from error
+    told = probe_of("", row["report"], row["vectors"]).report
+    resolved = replace(spec, precision=told["precision"], backend=told["backend"])
+    return probe_of(resolved.fingerprint, row["report"], row["vectors"]), resolved
+
+
+def worker_error(error: PySparkException | Py4JJavaError) -> ShoalError:
+    """The error of ours that a worker raised, out of the JVM's and Python's stack traces; WorkerError for any other."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    for line in lines:
+        name, found, message = line.partition(": ")
+        kind = getattr(errors, name.rpartition(".")[2], None) if name.startswith("shoal.conf.errors.") else None
+        if found and isinstance(kind, type) and issubclass(kind, ShoalError):
+            return kind(message)
+    told = next(
+        (line for line in reversed(lines) if "Error: " in line or "Exception: " in line), lines[0] if lines else ""
+    )
+    return WorkerError(
+        f"an executor failed: {told}; what has been staged is kept, run it again (--debug shows the trace)"
+    )
+
+
+def replace_reason(
+    published: Published | None,
+    source: SourceRows,
+    columns: dict[str, str],
+    spark: SparkSession,
+    fingerprint: str,
+    *,
+    full_refresh: bool,
+) -> str | None:
+    """Why the whole table has to be written anew, None when a MERGE of the difference will do.
+
+    `columns`: name -> type of the columns that this run would publish.
+    """
+    if published is None:
+        return "first run"
+    if full_refresh:
+        return "full refresh asked for"
+    if published.fingerprint != fingerprint:
+        return "another encoder"
+    if published.keys != source.keys:
+        return f"key columns {list(published.keys)} became {list(source.keys)}"
+    old = {field.name: field.dataType.simpleString() for field in published.rows(spark).schema.fields}
+    differing = sorted(name for name in old.keys() | columns.keys() if old.get(name) != columns.get(name))
+    return f"columns changed: {', '.join(differing)}" if differing else None
+
+
+def model_cache() -> Path:
+    """Where models fetched from the MLflow registry are kept on this machine."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "shoal" / "models"
+
+
+def comparable(published: Published | None, source: SourceRows, spark: SparkSession) -> DataFrame | None:
+    """The published rows, where the keys of the source can be compared with theirs."""
+    if published is None or published.keys != source.keys:
+        return None
+    rows = published.rows(spark)
+    same = all(rows.schema[key].dataType == source.rows.schema[key].dataType for key in source.keys)
+    return rows if same else None
+
+
+def _settle(spec: EncoderSpec, precision: str | None, backend: str | None) -> EncoderSpec:
+    """Takes what is recorded wherever the run file leaves the choice."""
+    if spec.precision == "auto" and precision:
+        spec = replace(spec, precision=precision)  # type: ignore[arg-type]
+    if spec.backend == "auto" and backend:
+        spec = replace(spec, backend=backend)  # type: ignore[arg-type]
+    return spec
+
+
+def _changed(published: Published, spec: EncoderSpec) -> EncoderChangedError:
+    old, new = published.encoder["identity"], spec.identity()
+    differing = [
+        f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    return EncoderChangedError(
+        f"encoder: table {published.ref} holds vectors of {published.encoder['reference']} (fingerprint "
+        f"{published.fingerprint}) and the run file asks for {spec.reference} (fingerprint {spec.fingerprint}); "
+        f"{'; '.join(differing)}. Vectors of two encoders never share a table: put the old settings back, or "
+        "replace every "
+        f"vector with `shoal embed FILE --full-refresh`"
+    )

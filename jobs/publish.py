@@ -1,0 +1,309 @@
+"""Moves the published table in one Delta commit, and only if nobody moved it since the plan: the fence.
+
+A night is one MERGE that deletes the rows concerned by key and inserts them anew; a first run, a full refresh and a
+change
+of schema are one createOrReplace. Both carry the run's state as userMetadata and one transaction id per generation, and
+the head is read afterwards: a MERGE that Delta skips because its transaction id is taken looks like an empty success.
+"""
+
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from shoal.conf.errors import DestinationError, OvertakenError, RunError
+from shoal.conf.run import DestinationConfig
+from shoal.jobs.hashing import quoted
+from shoal.jobs.layout import TableRef
+from shoal.jobs.planner import ACTION, NEW, RowPlan
+from shoal.jobs.published import (
+    ENCODER_PROPERTY,
+    FINGERPRINT_PROPERTY,
+    FORMAT,
+    FORMAT_PROPERTY,
+    KEYS_PROPERTY,
+    METADATA_PROPERTY,
+    TABLE_ID_PROPERTY,
+    WITHOUT_DATA_CHANGE,
+    Published,
+    State,
+    commits,
+    exists,
+)
+from shoal.jobs.source import ROW_TEXT, SourceRows
+from shoal.udfs.encoder_spec import EncoderSpec
+
+_USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
+_TXN_APP = "spark.databricks.delta.write.txnAppId"
+_TXN_VERSION = "spark.databricks.delta.write.txnVersion"
+
+
+_OF_ERRORS = ("error", "n_tokens", "truncated", "embedded_at")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a run publishes to and what it found there when it planned; `before` is None for a first run."""
+
+    ref: TableRef
+    before: Published | None
+    settings: DestinationConfig
+    table_id: str
+
+    @property
+    def generation(self) -> int:
+        return (self.before.generation if self.before else 0) + 1
+
+
+def new_table_id() -> str:
+    """Ours, not Delta's: it names the table in transaction ids for as long as the table lives."""
+    return uuid.uuid4().hex
+
+
+def assemble(rows: RowPlan, chunks: DataFrame, vectors: DataFrame, errors: DataFrame, *, store_text: bool) -> DataFrame:
+    """The published rows of a plan: every chunk of every row, with its vector or with the reason why it has none.
+
+    `vectors`: content_hash, embedding, n_tokens, truncated, embedded_at, one row per hash; `errors`: content_hash,
+    n_tokens, truncated, error, embedded_at of content that the encoder failed on.
+    """
+    keys = [quoted(key) for key in rows.keys]
+    metadata = [quoted(name) for name in rows.metadata]
+    text = [F.col("text")] if store_text else []
+    with_chunks = rows.published.drop(ROW_TEXT).join(chunks, on="row_hash", how="inner")
+    with_vectors = with_chunks.join(vectors, on="content_hash", how="left")
+    why = errors.select("content_hash", *[F.col(name).alias(f"__{name}") for name in _OF_ERRORS])
+    joined = with_vectors.join(why, on="content_hash", how="left")
+    # A vector beats an error, so what an error brought counts only where there is no vector.
+    failed = F.col("embedding").isNull()
+    filled = {name: F.coalesce(name, F.when(failed, F.col(f"__{name}"))) for name in _OF_ERRORS}
+    return joined.select(
+        *keys,
+        "chunk_index",
+        "chunk_start",
+        "chunk_end",
+        *text,
+        "content_hash",
+        "row_hash",
+        "meta_hash",
+        "embedding",
+        filled["n_tokens"].alias("n_tokens"),
+        F.coalesce(filled["truncated"], F.lit(False)).alias("truncated"),
+        filled["error"].alias("error"),
+        filled["embedded_at"].alias("embedded_at"),
+        *metadata,
+    )
+
+
+def publish_merge(spark: SparkSession, target: Target, rows: RowPlan, content: DataFrame, state: State) -> int:
+    """One MERGE: the old chunks of every row concerned go, however many they are, and the new ones come.
+
+    Returns the Delta version; raises OvertakenError when somebody else published since the plan.
+    """
+    before = target.before
+    assert before is not None  # noqa: S101 - the caller chose a MERGE because there is a table
+    keys = list(rows.keys)
+    columns = content.columns
+    gone = rows.rows.where(F.col(ACTION) != NEW).select(
+        *[F.col(quoted(key)).alias(f"__merge_{i}") for i, key in enumerate(keys)]
+    )
+    for field in content.schema.fields:
+        gone = gone.withColumn(field.name, F.lit(None).cast(field.dataType))
+    come = content.withColumns(
+        {f"__merge_{i}": F.lit(None).cast(content.schema[key].dataType) for i, key in enumerate(keys)}
+    )
+    source = gone.unionByName(come)
+    on = " AND ".join(f"t.{quoted(key)} = s.__merge_{i}" for i, key in enumerate(keys))
+    listed = ", ".join(quoted(name) for name in columns)
+    values = ", ".join(f"s.{quoted(name)}" for name in columns)
+    view = f"shoal_{state.run_id.replace('-', '_')}"
+    source.createOrReplaceTempView(view)
+    try:
+        _fence(spark, target)
+        with _commit_settings(spark, target, state):
+            spark.sql(
+                f"MERGE INTO {target.ref.sql} AS t USING {view} AS s ON {on} "
+                f"WHEN MATCHED THEN DELETE "
+                f"WHEN NOT MATCHED AND s.__merge_0 IS NULL THEN INSERT ({listed}) VALUES ({values})"
+            )
+    except (PySparkException, Py4JJavaError) as error:
+        raise _lost_or_failed(error) from error
+    finally:
+        spark.catalog.dropTempView(view)
+    return _own_head(spark, target, state)
+
+
+def publish_replace(
+    spark: SparkSession,
+    target: Target,
+    rows: RowPlan,
+    content: DataFrame,
+    spec: EncoderSpec,
+    encoder: dict,
+    state: State,
+) -> int:
+    """One createOrReplace: rows, schema, identity and constraints change together; the table's history goes on.
+
+    Comments, tags, properties and constraints that the user set on the table are carried over. Returns the Delta
+    version.
+    """
+    writer = _with_comments(spark, target, content).writeTo(target.ref.sql).using("delta")
+    for name, value in table_properties(target, rows, spec, encoder).items():
+        writer = writer.tableProperty(name, value)
+    if target.before and target.before.description:
+        writer = writer.tableProperty("comment", target.before.description)
+    writer = writer.option("userMetadata", state.to_user_metadata())
+    writer = writer.option("txnAppId", f"shoal:{target.table_id}").option("txnVersion", str(target.generation))
+    try:
+        _fence(spark, target)
+        writer.createOrReplace()
+    except (PySparkException, Py4JJavaError) as error:
+        raise _lost_or_failed(error) from error
+    return _own_head(spark, target, state)
+
+
+def table_properties(target: Target, rows: RowPlan, spec: EncoderSpec, encoder: dict) -> dict[str, str]:
+    """Everything that the table says of itself; the user's own properties first, so that ours stand."""
+    settings = target.settings
+    hours = max(1, int(settings.retain.total_seconds() // 3600))
+    kept = dict(target.before.properties) if target.before else {}
+    ours = {
+        FORMAT_PROPERTY: str(FORMAT),
+        TABLE_ID_PROPERTY: target.table_id,
+        FINGERPRINT_PROPERTY: spec.fingerprint,
+        ENCODER_PROPERTY: json.dumps(encoder, sort_keys=True),
+        KEYS_PROPERTY: json.dumps(list(rows.keys)),
+        METADATA_PROPERTY: json.dumps(list(rows.metadata)),
+        "delta.enableDeletionVectors": str(settings.deletion_vectors).lower(),
+        "delta.enableChangeDataFeed": str(settings.change_feed).lower(),
+        "delta.deletedFileRetentionDuration": f"interval {hours} hours",
+        "delta.logRetentionDuration": f"interval {hours} hours",
+        "delta.constraints.shoal_dim": f"embedding IS NULL OR size(embedding) = {spec.dim}",
+        "delta.constraints.shoal_accounted": "(embedding IS NULL) <> (error IS NULL)",
+    }
+    stats = _statistics_columns(rows)
+    if stats:
+        ours["delta.dataSkippingStatsColumns"] = stats
+    return kept | ours | dict(settings.properties)
+
+
+def published_columns(source: SourceRows, *, store_text: bool) -> dict[str, str]:
+    """Name -> type of every column that a run over this source publishes."""
+    fixed = {
+        "chunk_index": "int",
+        "chunk_start": "int",
+        "chunk_end": "int",
+        **({"text": "string"} if store_text else {}),
+        "content_hash": "binary",
+        "row_hash": "binary",
+        "meta_hash": "binary",
+        "embedding": "array<float>",
+        "n_tokens": "int",
+        "truncated": "boolean",
+        "error": "string",
+        "embedded_at": "timestamp",
+    }
+    own = {name: source.rows.schema[name].dataType.simpleString() for name in (*source.keys, *source.metadata)}
+    return fixed | own
+
+
+def _statistics_columns(rows: RowPlan) -> str:
+    """Keys, chunk_index and the scalar metadata columns: what a filter can skip files by."""
+    scalars = {
+        "string",
+        "tinyint",
+        "smallint",
+        "int",
+        "bigint",
+        "float",
+        "double",
+        "date",
+        "timestamp",
+        "timestamp_ntz",
+    }
+    names = [*rows.keys, *rows.metadata]
+    good = [
+        name
+        for name in names
+        if rows.rows.schema[name].dataType.simpleString() in scalars
+        or rows.rows.schema[name].dataType.simpleString().startswith("decimal")
+    ]
+    return ",".join([quoted(name) if not name.isidentifier() else name for name in good] + ["chunk_index"])
+
+
+def _with_comments(spark: SparkSession, target: Target, content: DataFrame) -> DataFrame:
+    """Column comments of the present table, on the columns that stay."""
+    if target.before is None:
+        return content
+    old = {field.name: field.metadata for field in target.before.ref.read(spark).schema.fields if field.metadata}
+    return content.select(
+        *[
+            F.col(quoted(field.name)).alias(field.name, metadata={**field.metadata, **old[field.name]})
+            if field.name in old
+            else F.col(quoted(field.name))
+            for field in content.schema.fields
+        ]
+    )
+
+
+def _fence(spark: SparkSession, target: Target) -> None:
+    """OvertakenError unless the head is the planned one, or differs only by commits that change no row."""
+    if target.before is None:
+        if exists(spark, target.ref):
+            raise OvertakenError(f"table {target.ref}: somebody created it while this run encoded; run it again")
+        return
+    for commit in commits(spark, target.ref):
+        if commit.version <= target.before.version:
+            return
+        if commit.operation not in WITHOUT_DATA_CHANGE:
+            raise _overtaken(target, f"version {commit.version} ({commit.operation} by {commit.user or 'unknown'})")
+
+
+def _own_head(spark: SparkSession, target: Target, state: State) -> int:
+    """The version that this run committed; OvertakenError when the newest commit of ours is another run's."""
+    for commit in commits(spark, target.ref):
+        if commit.state is not None:
+            if commit.state.run_id == state.run_id:
+                return commit.version
+            raise _overtaken(target, f"version {commit.version} (run {commit.state.run_id})")
+    raise RunError(f"table {target.ref}: the commit of run {state.run_id} is not in its history; run it again")
+
+
+def _overtaken(target: Target, by: str) -> OvertakenError:
+    planned = target.before.version if target.before else "no table"
+    return OvertakenError(
+        f"table {target.ref}: {by} landed after this run planned on version {planned}; nothing was published, "
+        f"the vectors wait in staging: run it again"
+    )
+
+
+@contextmanager
+def _commit_settings(spark: SparkSession, target: Target, state: State) -> Iterator[None]:
+    """SQL commands take their commit's metadata from the session; left behind, it would swallow later commits."""
+    settings = {
+        _USER_METADATA: state.to_user_metadata(),
+        _TXN_APP: f"shoal:{target.table_id}",
+        _TXN_VERSION: str(target.generation),
+    }
+    try:
+        for key, value in settings.items():
+            spark.conf.set(key, value)
+        yield
+    finally:
+        for key in settings:
+            spark.conf.unset(key)
+
+
+def _lost_or_failed(error: PySparkException | Py4JJavaError) -> RunError | DestinationError:
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    if "Concurrent" in text or "ProtocolChanged" in text or "MetadataChanged" in text:
+        return OvertakenError(f"the publication met another commit on the table ({text}); run it again")
+    return RunError(
+        f"the publication failed: {text}; the table is as it was and the vectors wait in staging: run it again"
+    )

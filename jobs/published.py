@@ -1,0 +1,175 @@
+"""What the published table says of itself: its encoder, the newest state of ours in its history, commits by others."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from delta.tables import DeltaTable
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import AnalysisException
+from pyspark.sql import DataFrame, SparkSession
+
+from shoal.conf.errors import DestinationError
+from shoal.jobs.filesystem import FileSystem
+from shoal.jobs.layout import TableRef
+
+FORMAT = 1
+FORMAT_PROPERTY = "shoal.format"
+TABLE_ID_PROPERTY = "shoal.table_id"
+FINGERPRINT_PROPERTY = "shoal.fingerprint"
+ENCODER_PROPERTY = "shoal.encoder"
+KEYS_PROPERTY = "shoal.keys"
+METADATA_PROPERTY = "shoal.metadata"
+
+# Commits that move bytes but change no row: a plan made before them still holds.
+WITHOUT_DATA_CHANGE = frozenset(
+    {"OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "UNSET TBLPROPERTIES"}
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """What one commit of ours recorded: `record` is the run's summary, as in `shoal embed --json`."""
+
+    run_id: str
+    generation: int
+    record: dict[str, Any]
+
+    def to_user_metadata(self) -> str:
+        body = {"format": FORMAT, "run_id": self.run_id, "generation": self.generation, "record": self.record}
+        return json.dumps({"shoal": body}, separators=(",", ":"), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One entry of the table's history; `state` only where the commit is ours."""
+
+    version: int
+    timestamp: Any
+    operation: str
+    user: str | None
+    state: State | None
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published table at its head version."""
+
+    ref: TableRef
+    version: int
+    properties: Mapping[str, str]
+    description: str | None
+    head: Commit
+    ours: Commit | None
+    """The newest commit of ours, at or below the head."""
+    foreign: tuple[Commit, ...]
+    """Commits by others since ours, newest first, those without data change left out."""
+
+    @property
+    def table_id(self) -> str:
+        return self.properties[TABLE_ID_PROPERTY]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.properties[FINGERPRINT_PROPERTY]
+
+    @property
+    def encoder(self) -> dict[str, Any]:
+        """`identity`, `reference`, `revision`, `backend` and `settings` of the encoder whose vectors these are."""
+        return json.loads(self.properties[ENCODER_PROPERTY])
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(json.loads(self.properties[KEYS_PROPERTY]))
+
+    @property
+    def metadata(self) -> tuple[str, ...]:
+        return tuple(json.loads(self.properties[METADATA_PROPERTY]))
+
+    @property
+    def generation(self) -> int:
+        return self.ours.state.generation if self.ours and self.ours.state else 0
+
+    def rows(self, spark: SparkSession) -> DataFrame:
+        """The published rows as of the version described here, whatever is committed meanwhile."""
+        return self.ref.read(spark, self.version)
+
+
+def exists(spark: SparkSession, ref: TableRef) -> bool:
+    """Whether there is a table at all; DestinationError when something else stands in its place."""
+    if ref.name:
+        return bool(spark.catalog.tableExists(ref.name))
+    if DeltaTable.isDeltaTable(spark, ref.path or ""):
+        return True
+    if FileSystem(spark, ref.path or "").is_occupied(ref.path or ""):
+        raise DestinationError(
+            f"destination.path '{ref.path}': there is something there that is no Delta table; "
+            f"name an empty or a new folder"
+        )
+    return False
+
+
+def read_published(spark: SparkSession, ref: TableRef) -> Published | None:
+    """The table's present state, None when there is no table yet.
+
+    Raises DestinationError when a table is there but is not one of Shoal's.
+    """
+    if not exists(spark, ref):
+        return None
+    try:
+        detail = spark.sql(f"DESCRIBE DETAIL {ref.sql}").collect()[0]
+    except (AnalysisException, Py4JJavaError) as error:
+        raise DestinationError(
+            f"destination '{ref}' cannot be read as a Delta table: {str(error).splitlines()[0]}"
+        ) from error
+    properties = dict(detail["properties"] or {})
+    if FORMAT_PROPERTY not in properties:
+        raise DestinationError(
+            f"destination '{ref}' is not a Shoal table (no property {FORMAT_PROPERTY}): Shoal never overwrites a table "
+            f"that it did not make; name another destination"
+        )
+    if int(properties[FORMAT_PROPERTY]) > FORMAT:
+        raise DestinationError(
+            f"destination '{ref}' has the table format {properties[FORMAT_PROPERTY]} and this Shoal reads up to "
+            f"{FORMAT}; upgrade Shoal"
+        )
+    since: list[Commit] = []
+    ours = None
+    for commit in commits(spark, ref):
+        since.append(commit)
+        if commit.state is not None:
+            ours = commit
+            break
+    foreign = tuple(c for c in since if c.state is None and c.operation not in WITHOUT_DATA_CHANGE)
+    return Published(ref, since[0].version, properties, detail["description"], since[0], ours, foreign)
+
+
+def is_head(spark: SparkSession, published: Published | None) -> bool:
+    """Whether nobody has committed to the table since it was read."""
+    return published is not None and next(commits(spark, published.ref)).version == published.version
+
+
+def commits(spark: SparkSession, ref: TableRef) -> Iterator[Commit]:
+    """The history newest first, read a few entries at a time so that a long one costs little."""
+    size, seen = 8, 0
+    while True:
+        history = spark.sql(f"DESCRIBE HISTORY {ref.sql} LIMIT {size}")
+        rows = history.select("version", "timestamp", "operation", "userName", "userMetadata").collect()
+        for row in rows[seen:]:
+            yield Commit(
+                row["version"], row["timestamp"], row["operation"], row["userName"], _state(row["userMetadata"])
+            )
+        if len(rows) < size or rows[-1]["version"] == 0:
+            return
+        size, seen = size * 8, len(rows)
+
+
+def _state(user_metadata: str | None) -> State | None:
+    if not user_metadata or '"shoal"' not in user_metadata:
+        return None
+    try:
+        body = json.loads(user_metadata)["shoal"]
+        return State(body["run_id"], int(body["generation"]), body["record"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,154 @@
+"""A run's summary: the one record that `--json` prints, the commit carries, the runs table keeps and MLflow is sent."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shoal.conf.run import RunConfig
+from shoal.jobs.audit import Account
+from shoal.jobs.planner import ChunkPlan, RowCounts
+
+PHASES = ("start", "plan", "encode", "audit", "publish")
+
+
+@dataclass
+class Report:
+    """Filled in as the run goes; `record()` is valid at any time."""
+
+    config: RunConfig
+    run_id: str
+    table: str
+    started: float = field(default_factory=time.time)
+    status: str = "failed"
+    version: int | None = None
+    generation: int | None = None
+    mlflow_run: str | None = None
+    fingerprint: str | None = None
+    source_version: int | None = None
+    rows: RowCounts = field(default_factory=RowCounts)
+    planned: int = 0
+    distinct: int = 0
+    num_todo: int = 0
+    account: Account | None = None
+    estimate: dict[str, float | None] = field(default_factory=lambda: {"seconds": 0.0, "price": None})
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    bytes_written: int = 0
+    padding_share: float | None = None
+    parity_min_cosine: float | None = None
+    progress: list[tuple[float, int, int]] = field(default_factory=list)
+    reason: str | None = None
+    error: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of the block to `seconds[name]`, also when it fails."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.monotonic() - began
+
+    def planned_chunks(self, plan: ChunkPlan) -> None:
+        self.planned, self.distinct, self.num_todo = plan.planned, plan.distinct, plan.num_todo
+
+    def record(self) -> dict[str, Any]:
+        """The contract of `shoal embed --json`, and what else bookkeeping needs; plain JSON values only."""
+        account = self.account or Account(self.planned, 0, 0, 0, 0)
+        ended = time.time()
+        return {
+            "status": self.status,
+            "name": self.config.name,
+            "table": self.table,
+            "version": self.version,
+            "generation": self.generation,
+            "run_id": self.run_id,
+            "mlflow_run": self.mlflow_run,
+            "fingerprint": self.fingerprint,
+            "source": source_name(self.config),
+            "source_version": self.source_version,
+            "rows": asdict(self.rows),
+            "chunks": {
+                "planned": self.planned,
+                "distinct": self.distinct,
+                "reused": self.distinct - self.num_todo,
+                "encoded": account.encoded,
+                "embedded": account.embedded,
+                "errors": sum(account.errors.values()),
+                "truncated": account.truncated,
+            },
+            "errors": account.errors,
+            "tokens": account.tokens,
+            "estimate": self.estimate,
+            "seconds": {"total": round(ended - self.started, 3), **{k: round(v, 3) for k, v in self.seconds.items()}},
+            "bytes_written": self.bytes_written,
+            "padding_share": self.padding_share,
+            "parity_min_cosine": self.parity_min_cosine,
+            "progress": self.progress,
+            "reason": self.reason,
+            "error": self.error,
+            "warnings": self.warnings,
+            "started_ms": int(self.started * 1000),
+            "ended_ms": int(ended * 1000),
+            "git_revision": git_revision(self.config.folder),
+            "config": self.config.redacted(),
+        }
+
+    def public(self) -> dict[str, Any]:
+        """The document that `shoal embed --json` prints."""
+        hidden = ("config", "started_ms", "ended_ms", "git_revision", "progress", "name", "source")
+        return {key: value for key, value in self.record().items() if key not in hidden}
+
+    def lines(self) -> list[str]:
+        """The summary for people."""
+        record = self.record()
+        rows, chunks = record["rows"], record["chunks"]
+        if self.status == "unchanged":
+            return [f"nothing to do: {rows['source']:,} rows unchanged in {self.table} (version {self.version})"]
+        told = [
+            f"published {self.table} version {self.version}"
+            if self.status == "published"
+            else f"{self.status}: {self.error}",
+            (
+                f"rows      {rows['source']:,}: {rows['new']:,} new, {rows['changed']:,} changed, "
+                f"{rows['metadata_only']:,} metadata "
+                f"only, {rows['deleted']:,} deleted, {rows['unchanged']:,} unchanged"
+            ),
+            (
+                f"chunks    {chunks['planned']:,}: {chunks['encoded']:,} encoded, {chunks['reused']:,} reused, "
+                f"{chunks['errors']:,} errors, {chunks['truncated']:,} truncated"
+            ),
+        ]
+        encode = record["seconds"]["encode"]
+        if record["tokens"] and encode:
+            told.append(
+                f"encoding  {record['tokens']:,} tokens in {encode:.1f} s: {chunks['encoded'] / encode:,.0f} chunks/s, "
+                f"{record['tokens'] / encode:,.0f} tokens/s"
+            )
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in record["seconds"].items() if name != "total")
+        told.append(f"seconds   {record['seconds']['total']:.1f}: {phases}")
+        if record["errors"]:
+            told.append("errors    " + ", ".join(f"{reason}: {count}" for reason, count in record["errors"].items()))
+        told.append(f"run       {self.run_id}, MLflow {self.mlflow_run or 'not recorded'}")
+        return told
+
+
+def source_name(config: RunConfig) -> str:
+    """The source as one word for people and for MLflow's datasets."""
+    source = config.source
+    return str(source.path or source.table or source.query)
+
+
+def git_revision(folder: Path) -> str | None:
+    """The commit of the run file's folder, None where it is not under git."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

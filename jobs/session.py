@@ -1,0 +1,123 @@
+"""The one place that opens Spark: Delta on the class path, Spark's own output in a log file."""
+
+import importlib.metadata
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pyspark
+from pyspark import SparkConf, SparkContext
+from pyspark.java_gateway import launch_gateway
+from pyspark.sql import SparkSession
+
+from shoal.conf.errors import ConfigError, RunError
+from shoal.conf.run import SparkConfig
+
+DELTA_EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
+DELTA_CATALOG = "org.apache.spark.sql.delta.catalog.DeltaCatalog"
+
+# Delta's artifact drags in thirty jars that Spark carries already, some of them older; only io.delta ones are wanted.
+JARS_OF_SPARK = (
+    "org.*:*,com.*:*,commons-*:*,javax*:*,jakarta*:*,io.netty:*,io.dropwizard*:*,io.airlift:*,io.unitycatalog:*,net.*:*"
+)
+
+_DEFAULTS = {
+    "spark.sql.extensions": DELTA_EXTENSION,
+    "spark.sql.catalog.spark_catalog": DELTA_CATALOG,
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "2048",
+    "spark.sql.execution.arrow.pyspark.validateSchema.enabled": "true",
+    "spark.sql.execution.pyspark.udf.faulthandler.enabled": "true",
+    "spark.sql.session.timeZone": "UTC",
+    "spark.ui.showConsoleProgress": "false",
+}
+_LOCAL_DEFAULTS = {
+    "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.sql.shuffle.partitions": "8",
+    "spark.driver.bindAddress": "127.0.0.1",
+    "spark.driver.host": "127.0.0.1",
+    "spark.ui.enabled": "false",
+}
+
+
+def open_spark(settings: SparkConfig, *, app_name: str, log_file: Path | None = None) -> SparkSession:
+    """The running session if there is one, else a new one; what spark-submit set wins over our defaults.
+
+    Spark's and the Python workers' output goes to `log_file` (default: `default_log_file()`). Raises RunError when the
+    JVM does not start, ConfigError when a running session lacks Delta.
+    """
+    active = SparkSession.getActiveSession()
+    if active is not None:
+        _require_delta(active)
+        return active
+    conf = SparkConf()
+    conf.setAppName(app_name)
+    if settings.master:
+        conf.set("spark.master", settings.master)
+    conf.setIfMissing("spark.master", "local[*]")
+    if settings.driver_memory:
+        conf.set("spark.driver.memory", settings.driver_memory)
+    for key, value in settings.conf.items():
+        conf.set(key, value)
+    defaults = dict(_DEFAULTS)
+    if (conf.get("spark.master") or "").startswith("local"):
+        defaults |= _LOCAL_DEFAULTS
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    if not _has_delta(conf):
+        defaults |= {"spark.jars.packages": delta_package(), "spark.jars.excludes": JARS_OF_SPARK}
+    for key, value in defaults.items():
+        conf.setIfMissing(key, value)
+    try:
+        if "PYSPARK_GATEWAY_PORT" not in os.environ and SparkContext._gateway is None:
+            path = log_file or default_log_file()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as log:
+                gateway = launch_gateway(conf, {"stdout": log, "stderr": log})
+            SparkContext._ensure_initialized(gateway=gateway, conf=conf)
+        spark = SparkSession.builder.config(conf=conf).getOrCreate()
+    except Exception as error:
+        where = log_file or default_log_file()
+        raise RunError(
+            f"spark.master '{conf.get('spark.master')}': Spark did not start ({_first_line(error)}); "
+            f"Java 17 has to be on PATH or in JAVA_HOME. Spark's own log: {where}"
+        ) from error
+    _require_delta(spark)
+    return spark
+
+
+def default_log_file() -> Path:
+    """Where Spark's chatter goes: a file of this process in the user's temporary folder."""
+    return Path(tempfile.gettempdir()) / f"shoal-{os.getuid()}" / f"spark-{os.getpid()}.log"
+
+
+def delta_package() -> str:
+    """Maven coordinates of the Delta build for the installed pyspark and delta-spark."""
+    delta = importlib.metadata.version("delta-spark")
+    spark_minor = ".".join(pyspark.__version__.split(".")[:2])
+    per_spark_builds = tuple(int(part) for part in delta.split(".")[:2]) >= (4, 1)
+    suffix = f"_{spark_minor}_2.13" if per_spark_builds else "_2.13"
+    return f"io.delta:delta-spark{suffix}:{delta}"
+
+
+def slots(spark: SparkSession) -> int:
+    """Tasks that run at the same time, as far as Spark knows now."""
+    return max(1, spark.sparkContext.defaultParallelism)
+
+
+def _has_delta(conf: SparkConf) -> bool:
+    keys = ("spark.jars", "spark.jars.packages", "spark.driver.extraClassPath")
+    return any("delta-spark" in (conf.get(key) or "") for key in keys)
+
+
+def _require_delta(spark: SparkSession) -> None:
+    found = spark.conf.get("spark.sql.extensions", "") or ""
+    if DELTA_EXTENSION not in found:
+        raise ConfigError(
+            f"spark.sql.extensions of the running session is '{found}'; Shoal needs {DELTA_EXTENSION} in it and "
+            f"spark.sql.catalog.spark_catalog={DELTA_CATALOG}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,190 @@
+"""Reads a source as rows of (key columns, text, metadata columns), each with its row hash and metadata hash."""
+
+import difflib
+from dataclasses import dataclass
+from functools import reduce
+
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from shoal.conf.errors import SourceError
+from shoal.conf.run import ChunkConfig, SourceConfig
+from shoal.conf.template import FieldPart
+from shoal.jobs.hashing import columns_hash, encode_string, hash128, quoted
+
+ROW_TEXT = "__shoal_text"
+"""Name of the rendered text until it meets the published column `text`; users' own columns cannot be called so."""
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """A source made uniform: `rows` has the keys, ROW_TEXT, row_hash, meta_hash and the metadata columns."""
+
+    rows: DataFrame
+    keys: tuple[str, ...]
+    metadata: tuple[str, ...]
+    version: int | None
+
+
+def read_source(
+    spark: SparkSession, source: SourceConfig, chunk: ChunkConfig | None, *, limit: int | None = None
+) -> SourceRows:
+    """The source as the run file describes it, pinned to one version where it has versions.
+
+    Nothing is scanned here but what Spark needs to infer a schema. Raises SourceError for a source that is not there,
+    a column that is not in it, and a key of a floating-point type.
+    """
+    version = _pinned_version(spark, source)
+    table = _load(spark, source, version)
+    if source.filter:
+        try:
+            table = table.where(source.filter)
+        except PySparkException as error:
+            raise SourceError(f"source.filter '{source.filter}': {_reason(error)}") from error
+    if limit is not None:
+        table = table.limit(limit)
+    _require_columns(table, source)
+    keys = [_renamed(table, "source.key", column.source, column.name) for column in source.key_columns]
+    metadata = [_renamed(table, "source.columns", column.source, column.name) for column in source.metadata_columns]
+    named = table.select(*keys, *metadata, _text(source).alias(ROW_TEXT))
+    key_names, metadata_names = source.key_names, source.metadata_names
+    for name in key_names:
+        _require_key_type(name, named.schema[name].dataType)
+    rows = named.select(
+        *[F.col(quoted(name)) for name in key_names],
+        ROW_TEXT,
+        hash128([encode_string(F.lit(_chunk_settings(chunk))), encode_string(F.col(ROW_TEXT))]).alias("row_hash"),
+        columns_hash([named.schema[name] for name in metadata_names]).alias("meta_hash"),
+        *[F.col(quoted(name)) for name in metadata_names],
+    )
+    return SourceRows(rows, key_names, metadata_names, version)
+
+
+def _pinned_version(spark: SparkSession, source: SourceConfig) -> int | None:
+    """The Delta version to read; the newest one when the run file names none, None for sources without versions."""
+    if source.version is not None:
+        return source.version
+    target = None
+    if source.format == "delta":
+        target = f"delta.{quoted(str(source.path))}"
+    elif source.format == "table" and _is_delta_table(spark, source.table or ""):
+        target = _sql_name(source.table or "")
+    if target is None:
+        return None
+    where = f"source '{source.path or source.table}'"
+    try:
+        if source.timestamp is not None:
+            before = f"timestamp <= timestamp '{source.timestamp}'"
+            sql = f"SELECT max(version) FROM (DESCRIBE HISTORY {target}) WHERE {before}"
+            version = spark.sql(sql).collect()[0][0]
+            if version is None:
+                raise SourceError(f"source.timestamp '{source.timestamp}': {where} has no version that old")
+            return int(version)
+        return int(spark.sql(f"SELECT max(version) FROM (DESCRIBE HISTORY {target} LIMIT 1)").collect()[0][0])
+    except (PySparkException, Py4JJavaError) as error:
+        raise SourceError(f"{where} is no readable Delta table: {_reason(error)}") from error
+
+
+def _load(spark: SparkSession, source: SourceConfig, version: int | None) -> DataFrame:
+    where = f"source '{source.path or source.table or source.query}'"
+    try:
+        if source.format == "query":
+            return spark.sql(source.query or "")
+        reader = spark.read.options(**source.options)
+        if source.schema_ddl:
+            reader = reader.schema(source.schema_ddl)
+        if source.format == "table":
+            name = source.table or ""
+            return (reader.option("versionAsOf", version) if version is not None else reader).table(_sql_name(name))
+        paths = source.paths
+        if source.format == "delta":
+            return reader.format("delta").option("versionAsOf", version).load(paths[0])
+        if source.format == "text":
+            return _text_files(reader.option("wholetext", True).text(paths))
+        if source.format in ("json", "csv") and "mode" not in {key.lower() for key in source.options}:
+            reader = reader.option("mode", "FAILFAST")
+        if source.format == "csv" and "header" not in {key.lower() for key in source.options}:
+            reader = reader.option("header", True)
+        return reader.format(source.format).load(paths)
+    except (PySparkException, Py4JJavaError) as error:
+        raise SourceError(f"{where} (format {source.format}) cannot be read: {_reason(error)}") from error
+
+
+def _text_files(files: DataFrame) -> DataFrame:
+    """One row per file: `path` is the file's own address, `text` all of its content."""
+    return files.select(F.col("_metadata.file_path").alias("path"), F.col("value").alias("text"))
+
+
+def _text(source: SourceConfig) -> Column:
+    """`source.text` rendered by Spark as Template.render says: a NULL field is empty, all of them NULL is NULL."""
+    template = source.template
+    if template.is_column:
+        return F.col(quoted(source.text)).cast("string")
+    parts = [
+        F.coalesce(F.col(quoted(part.column)).cast("string"), F.lit(""))
+        if isinstance(part, FieldPart)
+        else F.lit(part.text)
+        for part in template.parts
+    ]
+    all_null = reduce(lambda one, other: one & other, [F.col(quoted(name)).isNull() for name in template.fields])
+    return F.when(all_null, F.lit(None).cast("string")).otherwise(F.concat(*parts))
+
+
+def _require_columns(table: DataFrame, source: SourceConfig) -> None:
+    wanted = [("source.key", column.source) for column in source.key_columns]
+    wanted += [("source.columns", column.source) for column in source.metadata_columns]
+    wanted += [("source.text", name) for name in source.text_fields]
+    have = set(table.columns)
+    problems = []
+    for setting, name in wanted:
+        if name in have:
+            continue
+        near = difflib.get_close_matches(name, table.columns, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has: {', '.join(table.columns)}"
+        problems.append(f"{setting}: the source has no column '{name}'; {hint}")
+    if problems:
+        raise SourceError("\n".join(problems))
+
+
+def _require_key_type(name: str, data_type: T.DataType) -> None:
+    refused = (T.FloatType, T.DoubleType, T.ArrayType, T.MapType, T.StructType, T.BinaryType)
+    if isinstance(data_type, refused):
+        raise SourceError(
+            f"source.key: '{name}' has the type {data_type.simpleString()}; a key must be a string, a whole number, "
+            f"a decimal, a date, a timestamp or a boolean: cast it in a query source, or in the file's schema"
+        )
+
+
+def _renamed(table: DataFrame, setting: str, source: str, name: str) -> Column:
+    if name.startswith("__"):
+        raise SourceError(
+            f"{setting}: '{name}' begins with __, as Shoal's own names do; publish it as '{name} AS other'"
+        )
+    field = table.schema[source]
+    return F.col(quoted(source)).alias(name, metadata=field.metadata)
+
+
+def _chunk_settings(chunk: ChunkConfig | None) -> str:
+    return "whole" if chunk is None else f"{chunk.tokens}/{chunk.overlap}/{chunk.boundary}"
+
+
+def _is_delta_table(spark: SparkSession, name: str) -> bool:
+    try:
+        rows = spark.sql(f"DESCRIBE EXTENDED {_sql_name(name)}").collect()
+    except PySparkException as error:
+        raise SourceError(f"source.table '{name}': {_reason(error)}") from error
+    return any(row[0] == "Provider" and str(row[1]).lower() == "delta" for row in rows)
+
+
+def _sql_name(name: str) -> str:
+    return ".".join(quoted(part) for part in name.split("."))
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what Spark says, without its error class."""
+    text = str(error) if isinstance(error, PySparkException) else str(getattr(error, "java_exception", error))
+    line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return line.removeprefix("[").replace("] ", ": ", 1) if line.startswith("[") else line

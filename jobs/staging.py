@@ -1,0 +1,72 @@
+"""The staging table: vectors that wait for an audit, one commit per wave; readers never look at it."""
+
+from delta.tables import DeltaTable
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from shoal.jobs.layout import TableRef, read_delta
+
+STAGING_DDL = (
+    "fingerprint string, content_hash binary, embedding array<float>, n_tokens int, truncated boolean, error string, "
+    "embedded_at timestamp, run_id string"
+)
+COLUMNS = ("fingerprint", "content_hash", "embedding", "n_tokens", "truncated", "error", "embedded_at", "run_id")
+
+
+def create_staging(spark: SparkSession, ref: TableRef) -> None:
+    """Makes the table if it is absent: two drivers that create one by their first append collide."""
+    if DeltaTable.isDeltaTable(spark, ref.staging):
+        return
+    (
+        DeltaTable.createIfNotExists(spark)
+        .location(ref.staging)
+        .addColumns(T.StructType.fromDDL(STAGING_DDL))
+        .partitionedBy("fingerprint")
+        .property("delta.dataSkippingStatsColumns", "run_id")
+        .execute()
+    )
+
+
+def append_wave(vectors: DataFrame, ref: TableRef, *, fingerprint: str, run_id: str, wave: str) -> None:
+    """Appends one wave (columns of ENCODE_OUTPUT) in one commit; the same wave of the same run lands once.
+
+    An id per attempt and wave, not a sequence: Delta skips a lower version of one id in silence, so waves that overtake
+    each other would be lost.
+    """
+    (
+        vectors.withColumns({"fingerprint": F.lit(fingerprint), "run_id": F.lit(run_id)})
+        .select(*COLUMNS)
+        .write.format("delta")
+        .mode("append")
+        .option("txnAppId", f"{run_id}/{wave}")
+        .option("txnVersion", 0)
+        .save(ref.staging)
+    )
+
+
+def staged_rows(spark: SparkSession, ref: TableRef, fingerprint: str) -> DataFrame:
+    """All that is staged of one encoder, vectors and errors; a content may stand there more than once."""
+    return read_delta(spark, ref.staging).where(F.col("fingerprint") == fingerprint)
+
+
+def staged_vectors(spark: SparkSession, ref: TableRef, fingerprint: str) -> DataFrame:
+    """Rows of staging that have a vector of this encoder."""
+    return staged_rows(spark, ref, fingerprint).where(F.col("error").isNull())
+
+
+def staged_errors(spark: SparkSession, ref: TableRef, fingerprint: str) -> DataFrame:
+    """The newest error of each content: content_hash, error, n_tokens, truncated, embedded_at.
+
+    A vector beats an error: of content that has both, use the vector.
+    """
+    errors = staged_rows(spark, ref, fingerprint).where(F.col("error").isNotNull())
+    newest = F.max_by(F.struct("error", "n_tokens", "truncated", "embedded_at"), "embedded_at")
+    return errors.groupBy("content_hash").agg(newest.alias("last")).select("content_hash", "last.*")
+
+
+def trim_staging(spark: SparkSession, ref: TableRef, fingerprint: str) -> None:
+    """Empties the partition of an encoder whose vectors have been published."""
+    staged = DeltaTable.forPath(spark, ref.staging)
+    if not staged_rows(spark, ref, fingerprint).isEmpty():
+        staged.delete(F.col("fingerprint") == fingerprint)

@@ -1,0 +1,83 @@
+"""One Spark session for all tests that need one, and small helpers to write sources and run files."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SparkSession"]:
+    """Spark with Delta, two slots, and a warehouse of its own."""
+    from shoal.conf.run import SparkConfig
+    from shoal.jobs.session import open_spark
+
+    folder = tmp_path_factory.mktemp("spark")
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    settings = SparkConfig(
+        master="local[2,2]",
+        driver_memory="2g",
+        conf={
+            "spark.sql.shuffle.partitions": "2",
+            "spark.sql.warehouse.dir": str(folder / "warehouse"),
+            "spark.sql.catalogImplementation": "in-memory",
+            "spark.sql.debug.maxToStringFields": "100",
+        },
+    )
+    session = open_spark(settings, app_name="shoal tests", log_file=folder / "spark.log")
+    yield session
+    session.stop()
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Writes rows as JSON lines: `write_rows([{...}, ...], name="corpus.jsonl")`."""
+
+    def write(rows: list[dict[str, Any]], name: str = "corpus.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a run file over corpus.jsonl with the hash encoder; keywords replace whole sections, None removes one."""
+
+    def write(name: str = "run.yaml", **sections: Any) -> Path:
+        settings: dict[str, Any] = {
+            "name": "docs",
+            "source": {
+                "format": "json",
+                "path": "corpus.jsonl",
+                "key": "id",
+                "text": "body",
+                "schema": "id STRING, body STRING",
+            },
+            "encoder": {"model": "hash:8"},
+            "destination": {"path": "out/docs"},
+            "tracking": {"enabled": False},
+        }
+        settings.update(sections)
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def no_leftovers(tmp_path: Path) -> Iterator[None]:
+    """Removes the test's folder at its end: tables add up over a session."""
+    yield
+    shutil.rmtree(tmp_path, ignore_errors=True)

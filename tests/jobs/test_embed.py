@@ -1,0 +1,147 @@
+"""The main job end to end on real Delta tables, with the hash encoder."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyspark.sql import SparkSession
+
+from shoal.conf.errors import DestinationError, EncoderChangedError, LimitError, SourceError
+from shoal.conf.loader import load_run
+from shoal.jobs.embed import embed
+from shoal.jobs.layout import table_named
+from shoal.udfs.hash_encoder import hash_vectors
+
+pytestmark = pytest.mark.spark
+
+
+def published(spark: SparkSession, path: Path) -> dict[tuple[str, int], Any]:
+    rows = spark.read.format("delta").load(str(path)).collect()
+    found = {(row["id"], row["chunk_index"]): row for row in rows}
+    assert len(found) == len(rows), "a chunk is published twice"
+    return found
+
+
+def rows_of(*texts: str | None, first: int = 0) -> list[dict[str, Any]]:
+    return [{"id": f"r{first + index}", "body": text} for index, text in enumerate(texts)]
+
+
+def test_first_run_publishes_every_row_with_its_vector_and_the_second_does_nothing(
+    spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_rows(rows_of("one fish", "two fish", "red fish"))
+    config = load_run(run_file())
+
+    first = embed(spark, config).record()
+    second = embed(spark, config).record()
+
+    assert first["status"] == "published"
+    assert first["chunks"] == {
+        "planned": 3, "distinct": 3, "reused": 0, "encoded": 3, "embedded": 3, "errors": 0, "truncated": 0
+    }  # fmt: skip
+    assert (first["version"], first["generation"]) == (0, 1)
+    assert second["status"] == "unchanged"
+    assert second["chunks"]["encoded"] == 0
+    assert second["version"] == 0
+    table = published(spark, tmp_path / "out/docs")
+    expected = hash_vectors(["one fish", "two fish", "red fish"], 8, normalize=True)
+    for index in range(3):
+        np.testing.assert_array_equal(np.array(table[f"r{index}", 0]["embedding"], dtype=np.float32), expected[index])
+        assert table[f"r{index}", 0]["n_tokens"] == 2
+
+
+def test_one_merge_moves_the_table_to_a_changed_source(
+    spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_rows(rows_of("a", "b", "c", "d"))
+    config = load_run(run_file(limits={"max_deleted": "100%"}))
+    embed(spark, config)
+    write_rows(
+        [{"id": "r0", "body": "a"}, {"id": "r1", "body": "B"}, {"id": "r3", "body": "a"}, {"id": "r9", "body": None}]
+    )
+
+    record = embed(spark, config).record()
+
+    assert record["rows"] == {
+        "source": 4, "new": 1, "changed": 2, "metadata_only": 0, "deleted": 1, "unchanged": 1, "retried": 0
+    }  # fmt: skip
+    assert record["chunks"]["encoded"] == 1
+    assert record["chunks"]["reused"] == 1
+    assert record["errors"] == {"null_text": 1}
+    assert record["generation"] == 2
+    table = published(spark, tmp_path / "out/docs")
+    assert {key: row["text"] for key, row in table.items()} == {
+        ("r0", 0): "a", ("r1", 0): "B", ("r3", 0): "a", ("r9", 0): None
+    }  # fmt: skip
+    assert table["r9", 0]["embedding"] is None
+    assert table["r9", 0]["error"] == "null_text"
+    history = spark.sql(f"DESCRIBE HISTORY delta.`{tmp_path}/out/docs`").collect()
+    assert [row["operation"] for row in history] == ["MERGE", "CREATE OR REPLACE TABLE AS SELECT"]
+    assert json.loads(history[0]["userMetadata"])["shoal"]["run_id"] == record["run_id"]
+
+
+def expected_table(rows: list[dict[str, Any]]) -> dict[tuple[str, int], tuple[Any, ...]]:
+    """What a full rebuild of these rows holds, worked out without Spark."""
+    found = {}
+    for row in rows:
+        text = row["body"]
+        error = "null_text" if text is None else "blank_text" if not text.strip() else None
+        vector = None if error else tuple(hash_vectors([text], 8, normalize=True)[0].tolist())
+        found[row["id"], 0] = (text, error, vector, row.get("tag"))
+    return found
+
+
+TEXTS = st.one_of(
+    st.none(), st.sampled_from(["", " ", "alpha", "beta", "gamma", "alpha beta", "\N{ROCKET} up", "x" * 300])
+)
+SNAPSHOTS = st.dictionaries(
+    st.sampled_from("abcdef"), st.tuples(TEXTS, st.sampled_from(["t1", "t2", None])), min_size=1
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(history=st.lists(SNAPSHOTS, min_size=2, max_size=4))
+def test_after_every_night_of_any_history_the_table_equals_a_rebuild_from_scratch(
+    spark: SparkSession,
+    tmp_path_factory: pytest.TempPathFactory,
+    history: list[dict[str, tuple[str | None, str | None]]],
+) -> None:
+    folder = tmp_path_factory.mktemp("history")
+    (folder / "run.yaml").write_text(
+        "name: docs\n"
+        'source: {format: json, path: c.jsonl, key: id, text: body, columns: [tag], schema: "id STRING, body STRING, tag STRING"}\n'
+        'encoder: {model: "hash:8"}\n'
+        "destination: {path: docs}\n"
+        "limits: {max_errors: 100%, max_deleted: 100%}\n"
+        "tracking: {enabled: false}\n"
+    )
+    seen: set[str] = set()
+    for night in history:
+        rows = [{"id": key, "body": text, "tag": tag} for key, (text, tag) in night.items()]
+        (folder / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        record = embed(spark, load_run(folder / "run.yaml")).record()
+
+        table = published(spark, folder / "docs")
+        found = {
+            key: (
+                row["text"],
+                row["error"],
+                None if row["embedding"] is None else tuple(np.array(row["embedding"], dtype=np.float32).tolist()),
+                row["tag"],
+            )
+            for key, row in table.items()
+        }
+        assert found == expected_table(rows)
+        counts = record["rows"]
+        assert counts["source"] == counts["new"] + counts["changed"] + counts["metadata_only"] + counts["unchanged"]
+        good = {row["body"] for row in rows if row["body"] and row["body"].strip()}
+        # Only content that the table did not hold the night before may be encoded, and each text once.
+        assert record["chunks"]["encoded"] == (0 if record["status"] == "unchanged" else len(good - seen))
+        seen = good

@@ -1,0 +1,88 @@
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+
+from shoal.udfs.progress import Counts, ProgressReceiver, ProgressSender, ProgressTarget
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether the condition came true in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return condition()
+
+
+def target(receiver: ProgressReceiver, wave: int = 0, run_id: str = "r1") -> ProgressTarget:
+    return ProgressTarget("127.0.0.1", receiver.port, run_id, wave)
+
+
+def test_counts_are_absolute_and_summed_over_partitions() -> None:
+    with ProgressReceiver("r1") as receiver:
+        one, two = (ProgressSender(target(receiver), partition, 0) for partition in (0, 1))
+        one.send(Counts(chunks=10, tokens=100, padded=110, busy_s=1.5))
+        one.send(Counts(chunks=25, tokens=250, padded=300, busy_s=3.0))
+        two.send(Counts(chunks=5, tokens=50, padded=50, busy_s=0.5))
+        assert until(lambda: receiver.totals().chunks == 30)
+        assert receiver.totals() == Counts(chunks=30, tokens=300, padded=350, busy_s=3.5)
+        one.close()
+        two.close()
+
+
+def test_the_highest_attempt_of_a_partition_wins_even_with_fewer_chunks() -> None:
+    with ProgressReceiver("r1") as receiver:
+        ProgressSender(target(receiver), 0, 0).send(Counts(chunks=50))
+        assert until(lambda: receiver.totals().chunks == 50)
+        ProgressSender(target(receiver), 0, 1).send(Counts(chunks=7))
+        assert until(lambda: receiver.totals().chunks == 7)
+        ProgressSender(target(receiver), 0, 0).send(Counts(chunks=60))
+        ProgressSender(target(receiver), 1, 0).send(Counts(chunks=1))
+        assert until(lambda: receiver.totals().chunks == 8)
+
+
+def test_a_datagram_that_was_overtaken_takes_nothing_back() -> None:
+    with ProgressReceiver("r1") as receiver:
+        sender = ProgressSender(target(receiver), 0, 0)
+        sender.send(Counts(chunks=20))
+        sender.send(Counts(chunks=10))
+        ProgressSender(target(receiver), 1, 0).send(Counts(chunks=1))
+        assert until(lambda: receiver.totals().chunks == 21)
+
+
+def test_waves_are_counted_apart() -> None:
+    with ProgressReceiver("r1") as receiver:
+        ProgressSender(target(receiver, wave=0), 0, 0).send(Counts(chunks=3))
+        ProgressSender(target(receiver, wave=1), 0, 0).send(Counts(chunks=4))
+        assert until(lambda: receiver.totals().chunks == 7)
+        assert receiver.totals(wave=1).chunks == 4
+
+
+def test_other_runs_and_noise_are_ignored() -> None:
+    with ProgressReceiver("r1") as receiver:
+        ProgressSender(target(receiver, run_id="r2"), 0, 0).send(Counts(chunks=99))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as noise:
+            for datagram in (b"", b"\xff\xfe", b"[1,2]", b'{"a": 1}', b'["r1", "x", 0, 0, 1, 1, 1, 1]', b"null"):
+                noise.sendto(datagram, ("127.0.0.1", receiver.port))
+        ProgressSender(target(receiver), 3, 0).send(Counts(chunks=2))
+        assert until(lambda: receiver.totals().chunks == 2)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
+def test_a_driver_that_cannot_be_reached_is_no_error(host: str) -> None:
+    sender = ProgressSender(ProgressTarget(host, 9, "r1", 0), 0, 0)
+    began = time.monotonic()
+    for chunks in range(100):
+        sender.send(Counts(chunks=chunks))
+    sender.close()
+    sender.send(Counts(chunks=1))
+    assert time.monotonic() - began < 5
+
+
+def test_without_a_target_nothing_is_sent() -> None:
+    sender = ProgressSender(None, 0, 0)
+    sender.send(Counts(chunks=1))
+    sender.close()
