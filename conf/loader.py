@@ -166,8 +166,7 @@ def _resolved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         _change(source, "path", lambda path: _absolute(path, folder))
     if isinstance(destination, dict):
         _change(destination, "path", lambda path: _absolute(path, folder))
-        by_name = "table" in destination
-        _change(destination, "sidecar", lambda path: path if by_name and "/" not in path else _absolute(path, folder))
+        _change(destination, "sidecar", lambda path: _absolute(path, folder))
     if isinstance(encoder, dict):
         _change(encoder, "model", lambda model: _absolute(model, folder) if _is_folder(model) else model)
     tracking = data.setdefault("tracking", {})

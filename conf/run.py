@@ -490,8 +490,8 @@ class DestinationConfig(Section):
     table: Text | None = Field(default=None, description="Catalog name of the table; this or `path`.")
     sidecar: Text | None = Field(
         default=None,
-        description="Where staging, work, the runs table and the lease live; a folder, or a catalog name prefix for a "
-        "table by name. Unset: `<destination>__shoal` beside the table.",
+        description="Folder of staging, work, the runs table and the lease. Unset: `<destination>__shoal` beside the "
+        "table.",
     )
     store_text: StrictBool = Field(default=True, description="Publish the text of every chunk beside its vector.")
     deletion_vectors: StrictBool = Field(

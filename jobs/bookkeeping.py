@@ -20,6 +20,8 @@ from shoal.jobs.tracking import send
 RUNS_DDL = "run_id string, kind string, written_at timestamp, record string"
 RUN, SENT = "run", "mlflow"
 
+RECENT_RUNS = 20
+
 # A tracking server that was down for long is caught up with a few runs at a time.
 MAX_SENT_PER_RUN = 20
 
@@ -91,9 +93,17 @@ class Bookkeeper:
         runs = [json.loads(row["record"]) for row in rows if row["kind"] == RUN]
         return [{**run, "mlflow_run": sent.get(run["run_id"])} for run in runs]
 
+    def last_generation(self) -> int:
+        """The highest generation written down, 0 where there is none; for tables whose own log no longer reaches it."""
+        runs = read_delta(self.spark, self.ref.runs).where(F.col("kind") == RUN)
+        highest = runs.agg(F.max(F.get_json_object("record", "$.generation").cast("int"))).collect()[0][0]
+        return int(highest or 0)
+
     def last_rate(self, fingerprint: str) -> float | None:
-        """Tokens per second of the newest run that encoded with this encoder, None when there was none."""
-        for run in self.records():
+        """Tokens per second of the newest run that encoded with this encoder, None when there was none lately."""
+        runs = read_delta(self.spark, self.ref.runs).where(F.col("kind") == RUN)
+        for row in runs.orderBy(F.desc("written_at")).limit(RECENT_RUNS).collect():
+            run = json.loads(row["record"])
             if run.get("fingerprint") == fingerprint and run.get("tokens") and run["seconds"]["encode"] > 0:
                 return float(run["tokens"]) / float(run["seconds"]["encode"])
         return None

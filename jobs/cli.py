@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -133,6 +134,7 @@ def _file_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _embed(args: argparse.Namespace) -> int:
+    started = time.time()
     config = load_run(args.file, args.set)
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit is {args.limit}; try at least 1 row")
@@ -140,7 +142,12 @@ def _embed(args: argparse.Namespace) -> int:
         from shoal.jobs.embed import Hooks, embed
 
         report = embed(
-            spark, config, full_refresh=args.full_refresh, limit=args.limit, hooks=Hooks(say=_say, console=stderr)
+            spark,
+            config,
+            full_refresh=args.full_refresh,
+            limit=args.limit,
+            hooks=Hooks(say=_say, console=stderr),
+            started=started,
         )
         _print(args, report.public(), report.lines())
     return 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from rich.console import Console
@@ -28,7 +29,7 @@ from shoal.jobs.have import Have, find_have
 from shoal.jobs.layout import SIDECAR_SUFFIX, TableRef, table_of
 from shoal.jobs.lease import Lease, held
 from shoal.jobs.planner import ChunkPlan, RowPlan, Waves, plan_chunks, plan_rows
-from shoal.jobs.prepare import Encoding, comparable, options_of, replace_reason, resolve_encoder, try_out
+from shoal.jobs.prepare import Encoding, comparable, options_of, replace_reason, resolve_encoder, try_out, worker_error
 from shoal.jobs.progress import shown_progress
 from shoal.jobs.publish import Target, assemble, new_table_id, publish_merge, publish_replace, published_columns
 from shoal.jobs.published import Published, State, is_head, read_published
@@ -55,10 +56,12 @@ def embed(
     full_refresh: bool = False,
     limit: int | None = None,
     hooks: Hooks | None = None,
+    started: float | None = None,
 ) -> Report:
     """Runs once and returns the report; raises ShoalError, with `report` attached to it, when it did not get through.
 
-    With `limit` it tries the run on so many rows and publishes to a scratch table beside the destination, made anew.
+    `started` (as time.time()): when the user's wait began, if that was before the call. With `limit` it tries the run on
+    so many rows and publishes to a scratch table beside the destination, made anew.
     """
     hooks = hooks or Hooks()
     run_id = new_run_id()
@@ -69,6 +72,9 @@ def embed(
         files.delete(ref.path or "")
         files.delete(ref.sidecar)
     report = Report(config, run_id, str(ref))
+    if started is not None:
+        report.seconds["start"] = report.started - started
+        report.started = started
     try:
         with report.phase("start"):
             # What is wrong with the source or the destination is said before anything is made beside the latter.
@@ -130,9 +136,12 @@ class _Run:
             self.hooks.step("recovered")
         try:
             self._plan_and_publish(source, published)
+        except (PySparkException, Py4JJavaError) as error:
+            failure = worker_error(error)
+            self._write_down_failure(failure)
+            raise failure from error
         except ShoalError as error:
-            self.report.status, self.report.error = error.status, str(error)
-            self._write_down_failure()
+            self._write_down_failure(error)
             raise
         finally:
             drop_work(self.files, self.ref)
@@ -257,8 +266,9 @@ class _Run:
     ) -> None:
         report, settings = self.report, self.config.destination
         table_id = published.table_id if published else new_table_id()
-        target = Target(self.ref, published, settings, table_id)
-        report.generation = target.generation
+        known = published.generation if published and published.ours else self.books.last_generation()
+        report.generation = known + 1
+        target = Target(self.ref, published, settings, table_id, report.generation)
         failed = staged_errors(self.spark, self.ref, encoding.spec.fingerprint)
         content = assemble(rows, chunks.chunks, vectors, failed, store_text=settings.store_text)
         report.status = "published"
@@ -266,7 +276,7 @@ class _Run:
         state = State(report.run_id, target.generation, {**report.record(), "progress": []})
         try:
             if rows.replace:
-                described = encoding.described(self.config.encoder)
+                described = encoding.described(self.config.encoder, self.config.tracking.uri)
                 report.version = publish_replace(self.spark, target, rows, content, encoding.spec, described, state)
             else:
                 report.version = publish_merge(self.spark, target, rows, content, state)
@@ -294,17 +304,18 @@ class _Run:
             self.hooks.step("tracked")
             trim_staging(self.spark, self.ref, fingerprint)
             self.hooks.step("trimmed")
-        except PySparkException as error:
+        except (PySparkException, Py4JJavaError) as error:
             report.warnings.append(f"version {report.version} is published, its bookkeeping is not done: {error}")
             self.hooks.say(report.warnings[-1])
 
-    def _write_down_failure(self) -> None:
+    def _write_down_failure(self, error: ShoalError) -> None:
+        self.report.status, self.report.error = error.status, str(error)
         try:
             self.lease.check()
             self.books.write(self.report.record())
             self.report.mlflow_run = self.books.send_pending(self.config.tracking).get(self.report.run_id)
-        except (ShoalError, PySparkException) as error:
-            self.hooks.say(f"the failed run could not be written down: {error}")
+        except (ShoalError, PySparkException, Py4JJavaError) as second:
+            self.hooks.say(f"the failed run could not be written down: {second}")
 
 
 def bytes_of(spark: SparkSession, ref: TableRef, version: int) -> int:

@@ -128,5 +128,5 @@ class FileSystem:
         stream.close()
         return True
 
-    def _path(self, path: str):
+    def _path(self, path: str) -> Any:
         return self._jvm.org.apache.hadoop.fs.Path(path)

@@ -9,18 +9,21 @@ from pyspark.sql import SparkSession
 from shoal.conf.errors import DestinationError
 from shoal.jobs.bookkeeping import Bookkeeper
 from shoal.jobs.layout import table_named
-from shoal.jobs.published import commits, exists
+from shoal.jobs.published import commits, exists, read_published
 
 
 def history(spark: SparkSession, table: str) -> list[dict[str, Any]]:
     """Newest first: Delta's commits (ours with their run), then the runs that published nothing among them by time."""
     ref = table_named(spark, table)
+    there = exists(spark, ref)
+    published = read_published(spark, ref) if there else None
+    ref = published.ref if published else ref
     has_runs = DeltaTable.isDeltaTable(spark, ref.runs)
-    if not exists(spark, ref) and not has_runs:
+    if not there and not has_runs:
         raise DestinationError(f"table '{table}': there is no such table, and no run has tried to make it")
     runs = {run["run_id"]: run for run in Bookkeeper(spark, ref, lambda _: None).records()} if has_runs else {}
     entries = []
-    if exists(spark, ref):
+    if there:
         for commit in commits(spark, ref):
             run = None
             if commit.state is not None:

@@ -196,6 +196,13 @@ def _from_registry(config: EncoderConfig, cache_folder: Path, tracking_uri: str 
     )
 
 
+def pinned_reference(reference: str, revision: str) -> str:
+    """The `models:/` reference that still means the model of a recorded revision when its alias has moved on."""
+    version = revision.partition("/")[0]
+    name = reference.removeprefix("models:/").partition("@")[0].partition("/")[0]
+    return f"models:/{version}" if version.startswith("m-") else f"models:/{name}/{version}"
+
+
 def _registry_uri(tracking_uri: str | None) -> str | None:
     """The registry that goes with a tracking server; None: the one that MLflow works out."""
     if tracking_uri is None or tracking_uri.startswith("databricks"):

@@ -12,6 +12,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from shoal.conf import errors
 from shoal.conf.errors import EncoderChangedError, ShoalError, WorkerError
+from shoal.conf.redact import scrub
 from shoal.conf.run import EncoderConfig, RunConfig
 from shoal.jobs.canary_store import Probe, known_precision, probe_of
 from shoal.jobs.layout import TableRef
@@ -31,14 +32,21 @@ class Encoding:
     spec: EncoderSpec
     probe: Probe | None
 
-    def described(self, settings: EncoderConfig) -> dict[str, Any]:
-        """What the table remembers: enough to say what the encoder is, and to build it again for a query."""
+    def described(self, settings: EncoderConfig, tracking_uri: str) -> dict[str, Any]:
+        """What the table remembers: enough to say what the encoder is, and to build it again for a query.
+
+        An address with credentials in it is not remembered; MLFLOW_TRACKING_URI then says where the registry is.
+        """
+        registry = (
+            tracking_uri if settings.form == "registry" and scrub(tracking_uri, pairs=True) == tracking_uri else None
+        )
         return {
             "identity": self.spec.identity(),
             "reference": self.spec.reference,
             "revision": self.spec.revision,
             "backend": self.spec.backend,
             "query_prompt": self.spec.query_prompt,
+            "registry": registry,
             "settings": settings.model_dump(mode="json"),
         }
 

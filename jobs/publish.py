@@ -29,6 +29,7 @@ from shoal.jobs.published import (
     FORMAT_PROPERTY,
     KEYS_PROPERTY,
     METADATA_PROPERTY,
+    SIDECAR_PROPERTY,
     TABLE_ID_PROPERTY,
     WITHOUT_DATA_CHANGE,
     Published,
@@ -55,10 +56,8 @@ class Target:
     before: Published | None
     settings: DestinationConfig
     table_id: str
-
-    @property
-    def generation(self) -> int:
-        return (self.before.generation if self.before else 0) + 1
+    generation: int
+    """Of the commit to come: Delta skips a transaction whose number is not above all former ones, in silence."""
 
 
 def new_table_id() -> str:
@@ -179,6 +178,7 @@ def table_properties(target: Target, rows: RowPlan, spec: EncoderSpec, encoder: 
         ENCODER_PROPERTY: json.dumps(encoder, sort_keys=True),
         KEYS_PROPERTY: json.dumps(list(rows.keys)),
         METADATA_PROPERTY: json.dumps(list(rows.metadata)),
+        **({SIDECAR_PROPERTY: settings.sidecar} if settings.sidecar else {}),
         "delta.enableDeletionVectors": str(settings.deletion_vectors).lower(),
         "delta.enableChangeDataFeed": str(settings.change_feed).lower(),
         "delta.deletedFileRetentionDuration": f"interval {hours} hours",

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from delta.tables import DeltaTable
@@ -20,6 +20,7 @@ TABLE_ID_PROPERTY = "shoal.table_id"
 FINGERPRINT_PROPERTY = "shoal.fingerprint"
 ENCODER_PROPERTY = "shoal.encoder"
 KEYS_PROPERTY = "shoal.keys"
+SIDECAR_PROPERTY = "shoal.sidecar"
 METADATA_PROPERTY = "shoal.metadata"
 
 # Commits that move bytes but change no row: a plan made before them still holds.
@@ -134,6 +135,7 @@ def read_published(spark: SparkSession, ref: TableRef) -> Published | None:
             f"destination '{ref}' has the table format {properties[FORMAT_PROPERTY]} and this Shoal reads up to "
             f"{FORMAT}; upgrade Shoal"
         )
+    ref = replace(ref, sidecar=properties.get(SIDECAR_PROPERTY, ref.sidecar))
     since: list[Commit] = []
     ours = None
     for commit in commits(spark, ref):

@@ -138,9 +138,9 @@ class Report:
 
 
 def source_name(config: RunConfig) -> str:
-    """The source as one word for people and for MLflow's datasets."""
-    source = config.source
-    return str(source.path or source.table or source.query)
+    """The source as one word for people and for MLflow's datasets; what came from the environment stays hidden."""
+    source = config.redacted()["source"]
+    return str(source["path"] or source["table"] or source["query"])
 
 
 def git_revision(folder: Path) -> str | None:

@@ -17,7 +17,7 @@ from shoal.conf.errors import ConfigError, DestinationError, EncoderChangedError
 from shoal.conf.run import EncoderConfig
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import table_named
-from shoal.jobs.model_source import resolve_spec
+from shoal.jobs.model_source import pinned_reference, resolve_spec
 from shoal.jobs.prepare import model_cache, worker_error
 from shoal.jobs.published import Published, read_published
 from shoal.udfs.encode_udf import make_encode
@@ -79,7 +79,9 @@ def encoder_of(published: Published) -> EncoderSpec:
     settings = EncoderConfig.model_validate(recorded["settings"])
     if settings.form == "hub" and recorded["revision"]:
         settings = settings.model_copy(update={"revision": recorded["revision"]})
-    spec = resolve_spec(settings, model_cache())
+    if settings.form == "registry":
+        settings = settings.model_copy(update={"model": pinned_reference(settings.model, recorded["revision"])})
+    spec = resolve_spec(settings, model_cache(), tracking_uri=recorded.get("registry"))
     spec = replace(spec, precision=recorded["identity"]["precision"], backend=recorded["backend"])
     if spec.fingerprint != published.fingerprint:
         raise EncoderChangedError(

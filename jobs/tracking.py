@@ -1,6 +1,7 @@
 """Turns a run's record into an MLflow run; the only module that talks to MLflow, and only from the driver."""
 
 import json
+import logging
 import os
 from typing import Any
 
@@ -18,6 +19,8 @@ def send(record: dict[str, Any], tracking: TrackingConfig) -> str:
     for key, value in _PATIENCE.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for chatty in ("mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=tracking.uri)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shoal.udfs.embed_udf import embed_udf
+    from shoal.udfs.series_udf import embed_udf
 
 __all__ = ["embed_udf"]
 
@@ -11,7 +11,7 @@ __all__ = ["embed_udf"]
 def __getattr__(name: str) -> Any:
     """`embed_udf`, imported when asked for: it needs pyspark, and the rest of the package does not."""
     if name == "embed_udf":
-        from shoal.udfs.embed_udf import embed_udf
+        from shoal.udfs.series_udf import embed_udf
 
         return embed_udf
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -55,7 +55,7 @@ class TokenBudget:
 
     def halve(self) -> None:
         """Out of memory: half as much from now on."""
-        self.value = max(self.value // 2, self.floor)
+        self.value = max(self.value // 2, min(self.value, self.floor))
         self.ceiling = self.value
         self.settled = True
 

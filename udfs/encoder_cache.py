@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
+import time
 from typing import Final
 
+from shoal.conf.errors import InternalError, WorkerError
 from shoal.udfs.canaries import Canaries
 from shoal.udfs.encoder import EncodeOptions, Encoder, build_encoder
 from shoal.udfs.encoder_spec import EncoderSpec
+from shoal.udfs.feeding import failure_reason
+from shoal.udfs.reasons import OUT_OF_MEMORY
+
+logger = logging.getLogger(__name__)
+
+MEMORY_TRIES: Final = 7
+MEMORY_WAIT_S: Final = 15.0
 
 _Key = tuple[str, str, str, EncodeOptions]
 
@@ -28,12 +38,31 @@ def cached_encoder(spec: EncoderSpec, device: str, options: EncodeOptions, canar
     if held is None or held[0] != key:
         del held
         drop_encoder(slot)
-        _ENCODERS[slot] = (key, build_encoder(spec, device, options))
+        _ENCODERS[slot] = (key, _build(spec, device, options))
     encoder = _ENCODERS[slot][1]
     if canaries is not None and key not in _CHECKED:
         canaries.check(encoder)
         _CHECKED.add(key)
     return encoder
+
+
+def _build(spec: EncoderSpec, device: str, options: EncodeOptions) -> Encoder:
+    """Build an encoder, waiting for device memory: Spark keeps an idle Python worker, and its weights, for a minute."""
+    for left in reversed(range(MEMORY_TRIES)):
+        try:
+            return build_encoder(spec, device, options)
+        except (MemoryError, RuntimeError) as error:
+            if failure_reason(error) != OUT_OF_MEMORY:
+                raise
+            if not left:
+                raise WorkerError(
+                    f"encoder {spec.reference!r} does not fit into the memory of {device} ({error}); give the task "
+                    "more memory, run fewer tasks per device, or choose a smaller encoder"
+                ) from error
+            logger.warning("no memory for encoder %s on %s yet; waiting", spec.reference, device)
+        gc.collect()
+        time.sleep(MEMORY_WAIT_S)
+    raise InternalError("MEMORY_TRIES is below 1")
 
 
 def drop_encoder(slot: tuple[str, str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.conf.errors import WorkerError
+from shoal.conf.errors import ModelError, WorkerError
 from shoal.udfs import reasons
 from shoal.udfs.batching import TokenBudget, plan_microbatches
 from shoal.udfs.encoder import Encoded, Encoder
@@ -99,7 +99,7 @@ class Feeder:
         return self._model.tokenize(texts)
 
     def encode(self, window: Tokenized) -> Encoded:
-        """Vectors of a window in its order; WorkerError when the device is lost."""
+        """Vectors of a window in its order; WorkerError when the device is lost, ModelError for a wrong dim."""
         n = len(window.items_N)
         vectors_ND = np.zeros((n, self._model.dim), dtype=np.float32)
         errors: dict[int, str] = {}
@@ -163,9 +163,16 @@ class Feeder:
     ) -> int:
         lengths = window.n_tokens_N[microbatch.rows]
         try:
-            vectors_ND[microbatch.rows] = finish()
+            vectors_BD = finish()
         except Exception as error:  # noqa: BLE001 - as above
             waiting += self._split(microbatch, error, errors)
+        else:
+            if vectors_BD.shape != (len(lengths), self._model.dim):
+                raise ModelError(
+                    f"encoder.model announces vectors of {self._model.dim} elements and makes {vectors_BD.shape[-1]}; "
+                    "its module settings do not fit its weights: download the model again or choose another"
+                )
+            vectors_ND[microbatch.rows] = vectors_BD
         return int(lengths.sum() if self._model.packed else lengths.max() * len(lengths))
 
     def _split(self, microbatch: _Microbatch, error: Exception, errors: dict[int, str]) -> list[_Microbatch]:

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.conf.errors import ModelError, WorkerError
+from shoal.conf.errors import WorkerError
 from shoal.udfs.canaries import encode_canaries
 from shoal.udfs.encoder import EncodeOptions, Encoder, build_encoder
 from shoal.udfs.encoder_spec import Backend, EncoderSpec, Precision
@@ -60,11 +60,6 @@ def resolve(spec: EncoderSpec, device: str, options: EncodeOptions | None = None
             logger.warning("back end %s cannot run %s", backend, spec.reference, exc_info=error)
             failures.append(f"{backend}: {error}")
             continue
-        if vectors_CD.shape[1] != reference_CD.shape[1] or reference_CD.shape[1] != spec.dim:
-            raise ModelError(
-                f"encoder.model: {spec.reference!r} announces vectors of {spec.dim} elements and makes "
-                f"{reference_CD.shape[1]}; its module settings do not fit its weights"
-            )
         parity_C = cosines(vectors_CD, reference_CD)
         if parity_C.min() >= limit:
             return Resolution(candidate, encoder, vectors_CD, parity_C)

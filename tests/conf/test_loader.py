@@ -99,9 +99,9 @@ def test_only_a_relative_tracking_database_is_moved(tmp_path: Path, uri: str | N
 def test_names_and_uris_are_not_taken_for_paths(tmp_path: Path) -> None:
     config = load_run(
         write(tmp_path),
-        ["destination={table: shop.docs, sidecar: shop.docs_side}", "encoder.model=BAAI/bge-small-en-v1.5"],
+        ["destination={table: shop.docs}", "encoder.model=BAAI/bge-small-en-v1.5"],
     )
-    assert config.destination.sidecar == "shop.docs_side"
+    assert config.destination.table == "shop.docs"
     assert config.encoder.model == "BAAI/bge-small-en-v1.5"
     assert load_run(write(tmp_path), ["destination.path=dbfs:/out"]).destination.path == "dbfs:/out"
 

@@ -82,7 +82,9 @@ def _configuration(architecture: str) -> Any:
     decoder = {**shape, **special, "num_key_value_heads": 2, "max_position_embeddings": 64}
     made = {
         "bert": lambda: transformers.BertConfig(**shape, max_position_embeddings=64),
-        "roberta": lambda: transformers.RobertaConfig(**shape, **special, max_position_embeddings=66, type_vocab_size=1),
+        "roberta": lambda: transformers.RobertaConfig(
+            **shape, **special, max_position_embeddings=66, type_vocab_size=1
+        ),
         "xlm-roberta": lambda: transformers.XLMRobertaConfig(
             **shape, **special, max_position_embeddings=66, type_vocab_size=1
         ),

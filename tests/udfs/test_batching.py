@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,7 +29,7 @@ def test_a_microbatch_stays_within_the_budget_or_holds_one_chunk(
 @given(lengths_N=LENGTHS, budget=st.integers(min_value=1, max_value=5000))
 def test_chunks_are_ordered_from_long_to_short(lengths_N: np.ndarray, budget: int) -> None:
     order = [int(row) for part in plan_microbatches(lengths_N, budget) for row in part]
-    assert all(lengths_N[a] >= lengths_N[b] for a, b in zip(order, order[1:], strict=False))
+    assert all(lengths_N[a] >= lengths_N[b] for a, b in pairwise(order))
 
 
 @given(lengths_N=LENGTHS.filter(len), budget=st.integers(min_value=1, max_value=5000))

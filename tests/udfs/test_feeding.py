@@ -47,7 +47,7 @@ class CountingModel:
         n_tokens_N = np.array([len(text) for text in texts], dtype=np.int32)
         return Tokenized(list(texts), n_tokens_N, n_tokens_N > 50)
 
-    def start(self, items: list[Any], time_limit_s: float) -> Finish:
+    def start(self, items: list[Any], time_limit_s: float) -> Finish:  # noqa: ARG002
         self.passes.append(items)
 
         def finish() -> np.ndarray:
@@ -81,9 +81,7 @@ TEXTS = st.lists(st.integers(min_value=1, max_value=80).map(lambda n: "x" * n), 
 
 
 @settings(deadline=None)
-@given(
-    texts=TEXTS, budget=st.integers(1, 400), depth=st.integers(1, 3), late=st.booleans(), packed=st.booleans()
-)
+@given(texts=TEXTS, budget=st.integers(1, 400), depth=st.integers(1, 3), late=st.booleans(), packed=st.booleans())
 def test_vectors_come_back_in_the_order_of_the_texts(
     texts: list[str], budget: int, depth: int, late: bool, packed: bool
 ) -> None:
@@ -104,7 +102,9 @@ def test_poison_chunks_stand_alone_and_all_others_get_their_vectors(
     bad: list[bool], budget: int, depth: int, late: bool
 ) -> None:
     texts = [f"{i:03d}" + "x" * (i % 7) for i in range(len(bad))]
-    poison: dict[str, Exception] = {text: ValueError("broken") for text, is_bad in zip(texts, bad, strict=True) if is_bad}
+    poison: dict[str, Exception] = {
+        text: ValueError("broken") for text, is_bad in zip(texts, bad, strict=True) if is_bad
+    }
     encoded = FeederEncoder(CountingModel(poison=poison, depth=depth, late=late), budget).encode(texts)
     for text, is_bad, vector, error in zip(texts, bad, encoded.vectors_ND.tolist(), encoded.errors_N, strict=True):
         assert error == (reasons.ENCODER_ERROR if is_bad else None)
@@ -163,7 +163,7 @@ def test_what_a_pass_raises_has_one_reason(error: Exception, reason: str | None)
 
 def test_non_finite_and_zero_vectors_are_errors() -> None:
     class Broken(CountingModel):
-        def start(self, items: list[Any], time_limit_s: float) -> Finish:
+        def start(self, items: list[Any], time_limit_s: float) -> Finish:  # noqa: ARG002
             values = {"nan": [np.nan, 1], "inf": [1, np.inf], "zero": [0, 0]}
             vectors = np.array([values.get(item, [3, 4]) for item in items], dtype=np.float32)
             return lambda: vectors

@@ -73,7 +73,9 @@ def test_prompts_are_prepended_by_role_and_left_out_of_pooling_where_the_checkpo
     assert cosines(encoded.vectors_ND, plain_vectors(folder, texts, prompt="")).min() < 0.999
 
 
-def test_a_dense_module_follows_pooling_in_float32(make_checkpoint: Build, describe: Describe, texts: list[str]) -> None:
+def test_a_dense_module_follows_pooling_in_float32(
+    make_checkpoint: Build, describe: Describe, texts: list[str]
+) -> None:
     folder = make_checkpoint(dense=12)
     encoded = build_encoder(describe(folder), "cpu", EncodeOptions()).encode(texts)
     assert encoded.vectors_ND.shape[1] == 12
@@ -89,7 +91,9 @@ def test_normalize_decides_the_length_of_a_vector(make_checkpoint: Build, descri
         assert cosines(unit, raw).min() >= 1 - 1e-6
 
 
-def test_bfloat16_vectors_are_normalised_in_float32(make_checkpoint: Build, describe: Describe, texts: list[str]) -> None:
+def test_bfloat16_vectors_are_normalised_in_float32(
+    make_checkpoint: Build, describe: Describe, texts: list[str]
+) -> None:
     spec = describe(make_checkpoint(), precision="bfloat16")
     vectors_ND = build_encoder(spec, "cpu", EncodeOptions()).encode(texts).vectors_ND
     assert np.allclose(np.linalg.norm(vectors_ND.astype(np.float64), axis=1), 1, atol=1e-6)
@@ -156,6 +160,40 @@ def test_the_users_token_budget_is_kept_and_that_of_cuda_grows() -> None:
     assert initial_budget("cpu", None).settled
     cuda = initial_budget("cuda:0", None)
     assert (cuda.value, cuda.settled) == (CUDA_TOKEN_BUDGET, False)
+
+
+def test_static_word_vectors_are_encoded_through_their_own_preprocessing(
+    tokenizer_folder: Path, describe: Describe, texts: list[str], tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer
+
+    words = StaticEmbedding(Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json")), embedding_dim=16)
+    SentenceTransformer(modules=[words], device="cpu").save(str(tmp_path))
+    spec = describe(tmp_path)
+    assert (spec.dim, spec.pooling) == (16, "mean")
+    encoded = build_encoder(spec, "cpu", EncodeOptions(token_budget=64)).encode(texts)
+    assert encoded.errors_N == [None] * len(texts)
+    assert cosines(encoded.vectors_ND, plain_vectors(tmp_path, texts)).min() >= 1 - 1e-6
+
+
+def test_a_tokenizer_with_segments_goes_through_the_checkpoints_own_preprocessing(
+    make_checkpoint: Build, describe: Describe, texts: list[str], tmp_path: Path
+) -> None:
+    import json
+    import shutil
+
+    folder = tmp_path / "segments"
+    shutil.copytree(make_checkpoint(prompts={"document": "d: "}), folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for piece in tokenizer["post_processor"]["single"]:
+        next(iter(piece.values()))["type_id"] = 1
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    encoder = build_encoder(describe(folder), "cpu", EncodeOptions())
+    assert encoder.feeder._model._tokenizer is None  # type: ignore[attr-defined]
+    encoded = encoder.encode(texts)
+    assert cosines(encoded.vectors_ND, plain_vectors(folder, texts, prompt_name="document")).min() >= 1 - 1e-6
 
 
 @pytest.mark.gpu
