@@ -161,7 +161,9 @@ def _override_value(value: str, path: SettingPath, core: Any) -> Document:
 def _resolved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The values with relative paths made absolute; what is not a path, or not text, stays for validation."""
     data = copy.deepcopy(values)
-    source, encoder, destination = (data.get(name) for name in ("source", "encoder", "destination"))
+    source, encoder, destination, gate = (data.get(name) for name in ("source", "encoder", "destination", "gate"))
+    if isinstance(gate, dict):
+        _change(gate, "folder", lambda path: _absolute(path, folder))
     if isinstance(source, dict):
         _change(source, "path", lambda path: _absolute(path, folder))
     if isinstance(destination, dict):
@@ -218,6 +220,8 @@ STAND_INS: dict[SettingPath, Any] = {
     ("encoder",): {"model": "hash:1"},
     ("encoder", "model"): "hash:1",
     ("destination",): {"path": "out"},
+    ("gate", "folder"): "-",
+    ("gate", "min_ndcg"): 1.0,
 }
 """Values for required settings that are missing or broken; whatever follows from them is never reported."""
 

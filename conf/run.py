@@ -548,6 +548,19 @@ class LimitsConfig(Section):
     )
 
 
+class GateConfig(Section):
+    """A retrieval test that a run has to pass before it publishes."""
+
+    folder: Text = Field(
+        description="Folder with `queries.jsonl` (`_id`, `text`) and `qrels.tsv` (a header, then query id, key, "
+        "relevance), as BEIR lays them out."
+    )
+    min_ndcg: Annotated[StrictFloat, Field(gt=0, le=1)] = Field(
+        description="Lowest mean nDCG at rank `k`, from 0 to 1, of exact search in the table as it would be published."
+    )
+    k: PositiveInt = Field(default=10, description="Number of rows per query that are judged.")
+
+
 class TrackingConfig(Section):
     """The MLflow record of every run."""
 
@@ -614,6 +627,9 @@ class RunConfig(Section):
     encoder: EncoderConfig = Field(description="What turns text into vectors.")
     destination: DestinationConfig = Field(description="The Delta table to keep in step.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="When a run stops instead of publishing.")
+    gate: GateConfig | None = Field(
+        default=None, description="Retrieval test before each publication; without it none is made."
+    )
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Where runs are recorded.")
     encode: EncodeConfig = Field(default_factory=EncodeConfig, description="Speed and price of the encode phase.")
     spark: SparkConfig = Field(default_factory=SparkConfig, description="How Spark is opened.")
@@ -627,6 +643,9 @@ class RunConfig(Section):
         if self.chunk is not None and limit is not None and self.chunk.tokens > limit:
             advice = "the encoder would cut the end off full chunks; make chunks smaller or raise the maximum"
             problems.append(SettingProblem((("chunk", "tokens"), ("encoder", "max_tokens")), advice))
+        if self.gate is not None and len(self.source.key) != 1:
+            advice = "qrels name rows by one key; remove the gate, or use a source with a single key column"
+            problems.append(SettingProblem((("gate",), ("source", "key")), advice))
         if self.limits.max_cost is not None and self.encode.price_per_hour is None:
             advice = "without a price per hour there is no cost to limit; set it, or remove the limit"
             problems.append(SettingProblem((("limits", "max_cost"), ("encode", "price_per_hour")), advice))

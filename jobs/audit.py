@@ -13,6 +13,9 @@ from shoal.jobs.layout import TableRef
 from shoal.jobs.planner import ChunkPlan, RowCounts, RowPlan
 from shoal.jobs.staging import staged_errors, staged_rows
 
+MIN_CONTENTS = 100
+COLLAPSED_SHARE = 0.5
+
 
 @dataclass(frozen=True)
 class Account:
@@ -112,6 +115,22 @@ def check_errors(limit: Limit, account: Account) -> None:
         raise LimitError(
             f"limits.max_errors is {limit} and {count} of {account.planned} planned chunks have no vector ({shown}); "
             f"nothing was published, the good vectors wait in staging. Mend the source, or raise limits.max_errors"
+        )
+
+
+def check_vectors(spark: SparkSession, ref: TableRef, *, fingerprint: str, run_id: str) -> None:
+    """LimitError when the encoder has collapsed: most of what this run encoded came out as one and the same vector.
+
+    That a vector is finite, not zero and of the right width has been checked where it was made.
+    """
+    mine = staged_rows(spark, ref, fingerprint).where((F.col("run_id") == run_id) & F.col("error").isNull())
+    by_vector = mine.groupBy(F.xxhash64("embedding").alias("vector")).count()
+    row = by_vector.agg(F.coalesce(F.sum("count"), F.lit(0)).alias("n"), F.max("count").alias("most")).collect()[0]
+    if row["n"] >= MIN_CONTENTS and row["most"] > COLLAPSED_SHARE * row["n"]:
+        raise LimitError(
+            f"encoder: {row['most']} of {row['n']} different texts got one and the same vector; nothing was "
+            "published. The "
+            f"checkpoint or its pooling is broken: compare it with the model's own figures before you use it"
         )
 
 

@@ -25,6 +25,7 @@ from shoal.jobs.canary_store import load_probe, save_probe
 from shoal.jobs.encode_stage import encode_waves
 from shoal.jobs.estimate import estimate, warn_truncated
 from shoal.jobs.filesystem import FileSystem, join
+from shoal.jobs.gate import check_gate
 from shoal.jobs.have import Have, find_have
 from shoal.jobs.layout import SIDECAR_SUFFIX, TableRef, table_of
 from shoal.jobs.lease import Lease, held
@@ -60,7 +61,8 @@ def embed(
 ) -> Report:
     """Runs once and returns the report; raises ShoalError, with `report` attached to it, when it did not get through.
 
-    `started` (as time.time()): when the user's wait began, if that was before the call. With `limit` it tries the run on
+    `started` (as time.time()): when the user's wait began, if that was before the call. With `limit` it tries the
+    run on
     so many rows and publishes to a scratch table beside the destination, made anew.
     """
     hooks = hooks or Hooks()
@@ -171,10 +173,18 @@ class _Run:
                 self.spark, self.ref, rows, chunks, have, fingerprint=encoding.spec.fingerprint, run_id=report.run_id
             )
             audit.check_errors(self.config.limits.max_errors, report.account)
+            audit.check_vectors(self.spark, self.ref, fingerprint=encoding.spec.fingerprint, run_id=report.run_id)
+            content = self._content(encoding, rows, chunks, have)
+            if self.config.gate is not None and self.limit is None:
+                before = comparable(published, source, self.spark)
+                chunked = self.config.chunk is not None
+                report.ndcg = check_gate(
+                    self.spark, self.config.gate, encoding.spec, rows, content, before, chunked=chunked
+                )
         self.hooks.step("audited")
         self.lease.check()
         with report.phase("publish"):
-            self._publish(published, encoding, rows, chunks, have.vectors(chunks.contents()))
+            self._publish(published, encoding, rows, content)
         self.hooks.step("committed")
         self._write_down(encoding.spec.fingerprint)
 
@@ -261,16 +271,17 @@ class _Run:
             totals = receiver.totals()
             report.padding_share = 1 - totals.tokens / totals.padded if totals.padded else None
 
-    def _publish(
-        self, published: Published | None, encoding: Encoding, rows: RowPlan, chunks: ChunkPlan, vectors: DataFrame
-    ) -> None:
+    def _content(self, encoding: Encoding, rows: RowPlan, chunks: ChunkPlan, have: Have) -> DataFrame:
+        vectors = have.vectors(chunks.contents())
+        failed = staged_errors(self.spark, self.ref, encoding.spec.fingerprint)
+        return assemble(rows, chunks.chunks, vectors, failed, store_text=self.config.destination.store_text)
+
+    def _publish(self, published: Published | None, encoding: Encoding, rows: RowPlan, content: DataFrame) -> None:
         report, settings = self.report, self.config.destination
         table_id = published.table_id if published else new_table_id()
         known = published.generation if published and published.ours else self.books.last_generation()
         report.generation = known + 1
         target = Target(self.ref, published, settings, table_id, report.generation)
-        failed = staged_errors(self.spark, self.ref, encoding.spec.fingerprint)
-        content = assemble(rows, chunks.chunks, vectors, failed, store_text=settings.store_text)
         report.status = "published"
         # The points of the progress curve would only fatten the commit; bookkeeping writes them.
         state = State(report.run_id, target.generation, {**report.record(), "progress": []})

@@ -61,9 +61,12 @@ class FileSystem:
                 return local.read_text()
             except FileNotFoundError:
                 return None
-        if not self.exists(path):
-            return None
-        stream = self._fs.open(self._path(path))
+        try:
+            stream = self._fs.open(self._path(path))
+        except Py4JJavaError as error:
+            if _is_java(error, "FileNotFound"):
+                return None
+            raise
         try:
             return self._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8")
         finally:
@@ -97,7 +100,12 @@ class FileSystem:
         """Renames a file; False when it is gone, so that of two who try only one succeeds."""
         local = local_path(old)
         if local is None:
-            return bool(self._fs.rename(self._path(old), self._path(new)))
+            try:
+                return bool(self._fs.rename(self._path(old), self._path(new)))
+            except Py4JJavaError as error:
+                if _is_java(error, "FileNotFound"):
+                    return False
+                raise
         try:
             os.rename(local, local_path(new) or new)  # noqa: PTH104
         except FileNotFoundError:
@@ -121,7 +129,7 @@ class FileSystem:
         try:
             stream = self._fs.create(self._path(path), overwrite)
         except Py4JJavaError as error:
-            if "FileAlreadyExists" in error.java_exception.getClass().getName():
+            if _is_java(error, "FileAlreadyExists"):
                 return False
             raise
         stream.write(bytearray(text, "utf-8"))
@@ -130,3 +138,8 @@ class FileSystem:
 
     def _path(self, path: str) -> Any:
         return self._jvm.org.apache.hadoop.fs.Path(path)
+
+
+def _is_java(error: Py4JJavaError, name: str) -> bool:
+    """Whether the JVM threw an exception of this name; which of them a file system throws is its own choice."""
+    return name in error.java_exception.getClass().getName()

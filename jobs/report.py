@@ -39,6 +39,7 @@ class Report:
     bytes_written: int = 0
     padding_share: float | None = None
     parity_min_cosine: float | None = None
+    ndcg: float | None = None
     progress: list[tuple[float, int, int]] = field(default_factory=list)
     reason: str | None = None
     error: str | None = None
@@ -88,6 +89,7 @@ class Report:
             "bytes_written": self.bytes_written,
             "padding_share": self.padding_share,
             "parity_min_cosine": self.parity_min_cosine,
+            "ndcg": self.ndcg,
             "progress": self.progress,
             "reason": self.reason,
             "error": self.error,

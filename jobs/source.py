@@ -15,6 +15,18 @@ from shoal.conf.run import ChunkConfig, SourceConfig
 from shoal.conf.template import FieldPart
 from shoal.jobs.hashing import columns_hash, encode_string, hash128, quoted
 
+_KEY_TYPES = (
+    T.StringType,
+    T.CharType,
+    T.VarcharType,
+    T.IntegralType,
+    T.DecimalType,
+    T.DateType,
+    T.TimestampType,
+    T.TimestampNTZType,
+    T.BooleanType,
+)
+
 ROW_TEXT = "__shoal_text"
 """Name of the rendered text until it meets the published column `text`; users' own columns cannot be called so."""
 
@@ -76,16 +88,15 @@ def _pinned_version(spark: SparkSession, source: SourceConfig) -> int | None:
         return None
     where = f"source '{source.path or source.table}'"
     try:
-        if source.timestamp is not None:
-            before = f"timestamp <= timestamp '{source.timestamp}'"
-            sql = f"SELECT max(version) FROM (DESCRIBE HISTORY {target}) WHERE {before}"
-            version = spark.sql(sql).collect()[0][0]
-            if version is None:
-                raise SourceError(f"source.timestamp '{source.timestamp}': {where} has no version that old")
-            return int(version)
-        return int(spark.sql(f"SELECT max(version) FROM (DESCRIBE HISTORY {target} LIMIT 1)").collect()[0][0])
+        if source.timestamp is None:
+            return int(spark.sql(f"DESCRIBE HISTORY {target} LIMIT 1").collect()[0]["version"])
+        history = spark.sql(f"DESCRIBE HISTORY {target}").where(f"timestamp <= timestamp '{source.timestamp}'")
+        version = history.agg(F.max("version")).collect()[0][0]
     except (PySparkException, Py4JJavaError) as error:
         raise SourceError(f"{where} is no readable Delta table: {_reason(error)}") from error
+    if version is None:
+        raise SourceError(f"source.timestamp '{source.timestamp}': {where} has no version that old; name a later one")
+    return int(version)
 
 
 def _load(spark: SparkSession, source: SourceConfig, version: int | None) -> DataFrame:
@@ -103,7 +114,9 @@ def _load(spark: SparkSession, source: SourceConfig, version: int | None) -> Dat
         if source.format == "delta":
             return reader.format("delta").option("versionAsOf", version).load(paths[0])
         if source.format == "text":
-            return _text_files(reader.option("wholetext", True).text(paths))
+            if "recursivefilelookup" not in {key.lower() for key in source.options}:
+                reader = reader.option("recursiveFileLookup", True)
+            return _text_files(reader.text(paths, wholetext=True))
         if source.format in ("json", "csv") and "mode" not in {key.lower() for key in source.options}:
             reader = reader.option("mode", "FAILFAST")
         if source.format == "csv" and "header" not in {key.lower() for key in source.options}:
@@ -140,18 +153,25 @@ def _require_columns(table: DataFrame, source: SourceConfig) -> None:
     have = set(table.columns)
     problems = []
     for setting, name in wanted:
+        # Spark tells names apart by more than their case only when it is asked to.
+        alike = [other for other in table.columns if other.lower() == name.lower()]
+        if name in have and len(alike) > 1:
+            problems.append(
+                f"{setting}: the source has {len(alike)} columns '{name}' ({', '.join(alike)}); name them apart in a "
+                "query source"
+            )
         if name in have:
             continue
         near = difflib.get_close_matches(name, table.columns, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"it has: {', '.join(table.columns)}"
+        listed = f"it has: {', '.join(table.columns)}" if table.columns else "it has no columns: is it empty?"
+        hint = f"did you mean {' or '.join(near)}?" if near else listed
         problems.append(f"{setting}: the source has no column '{name}'; {hint}")
     if problems:
         raise SourceError("\n".join(problems))
 
 
 def _require_key_type(name: str, data_type: T.DataType) -> None:
-    refused = (T.FloatType, T.DoubleType, T.ArrayType, T.MapType, T.StructType, T.BinaryType)
-    if isinstance(data_type, refused):
+    if not isinstance(data_type, _KEY_TYPES):
         raise SourceError(
             f"source.key: '{name}' has the type {data_type.simpleString()}; a key must be a string, a whole number, "
             f"a decimal, a date, a timestamp or a boolean: cast it in a query source, or in the file's schema"

@@ -122,7 +122,7 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
     found["bytes_written"] = float(record["bytes_written"])
     if record["seconds"]["encode"] > 0:
         found["tokens_per_second"] = record["tokens"] / record["seconds"]["encode"]
-    for name in ("padding_share", "parity_min_cosine"):
+    for name in ("padding_share", "parity_min_cosine", "ndcg"):
         if record.get(name) is not None:
             found[name] = float(record[name])
     return found

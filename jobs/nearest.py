@@ -1,0 +1,60 @@
+"""Exact nearest neighbours over any rows with keys and vectors: what `shoal search` and the gate are made of."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
+
+from shoal.conf.errors import ConfigError
+from shoal.jobs.hashing import quoted
+from shoal.jobs.prepare import worker_error
+from shoal.udfs.encode_udf import make_encode
+from shoal.udfs.encoder import EncodeOptions
+from shoal.udfs.encoder_spec import EncoderSpec
+from shoal.udfs.schema import ENCODE_INPUT_DDL, ENCODE_OUTPUT_DDL
+from shoal.udfs.topk import make_topk
+
+
+def encode_queries(spark: SparkSession, spec: EncoderSpec, texts: Sequence[str]) -> np.ndarray:
+    """Query vectors float32 (Q, dim), with the encoder's query prompt, in the order of the texts.
+
+    Raises ConfigError, showing the query, when one cannot be encoded.
+    """
+    rows = [(index.to_bytes(4, "big"), text) for index, text in enumerate(texts)]
+    try:
+        batch = spark.createDataFrame(rows, ENCODE_INPUT_DDL).coalesce(1)
+        encoded = batch.mapInArrow(make_encode(spec, EncodeOptions(role="query")), ENCODE_OUTPUT_DDL).collect()
+    except (PySparkException, Py4JJavaError) as error:
+        raise worker_error(error) from error
+    by_index = {int.from_bytes(row["content_hash"], "big"): row for row in encoded}
+    for index, text in enumerate(texts):
+        if by_index[index]["error"] is not None:
+            raise ConfigError(f"the query '{text[:80]}' cannot be encoded: {by_index[index]['error']}")
+    return np.array([by_index[index]["embedding"] for index in range(len(texts))], dtype=np.float32)
+
+
+def nearest(rows: DataFrame, by: Sequence[str], queries_QD: np.ndarray, k: int) -> list[list[Row]]:
+    """For each query its k best rows, best first: the columns `by`, which also decide ties, and `score`.
+
+    `rows` has these columns and `embedding`; one pass over it, and num_partitions * Q * k rows to the driver.
+    """
+    located = rows.where(F.col("embedding").isNotNull()).select(*[quoted(name) for name in by], "embedding")
+    carried = located.drop("embedding").schema
+    types = [f"{quoted(field.name)} {field.dataType.simpleString()}" for field in carried]
+    ddl = ", ".join(["query int", "score float", *types])
+    find = make_topk(queries_QD, k, list(by), pa.schema(to_arrow_schema(carried)))
+    try:
+        best = located.mapInArrow(find, ddl)
+        found = best.orderBy("query", F.desc("score"), *[quoted(name) for name in by]).collect()
+    except (PySparkException, Py4JJavaError) as error:
+        raise worker_error(error) from error
+    answers: list[list[Row]] = [[] for _ in queries_QD]
+    for row in found:
+        if len(answers[row["query"]]) < k:
+            answers[row["query"]].append(row)
+    return answers
