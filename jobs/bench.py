@@ -117,7 +117,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 def _naive(spark: SparkSession, corpus: str, target: str, spec: EncoderSpec, cores: int) -> float:
     """The naive recipe as a job of its own, one thread per Python worker, one partition per core."""
-    udf = F.pandas_udf(make_naive(spec.folder, 1), "array<float>", F.PandasUDFType.SCALAR_ITER)  # type: ignore[call-overload]
+    udf = F.pandas_udf(make_naive(spec.folder, 1), "array<float>")  # type: ignore[call-overload]
     began = time.monotonic()
     rows = spark.read.parquet(corpus).repartition(cores)
     rows.withColumn("embedding", udf("body")).write.format("delta").mode("overwrite").save(target)

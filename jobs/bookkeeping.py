@@ -49,14 +49,17 @@ class Bookkeeper:
         """Writes down what the head commit says of a run that died after it, and sends what MLflow has missed."""
         if published and published.ours and published.ours.state:
             state = published.ours.state
-            if not self._has(state.run_id, RUN):
+            if not self._was_written(state.run_id):
                 self.say(f"run {state.run_id} published version {published.ours.version} and died; writing it down")
                 self.write({**state.record, "version": published.ours.version})
         self.send_pending(tracking)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Adds a run's record once, however often it is called."""
-        self._append(record["run_id"], RUN, json.dumps(record, sort_keys=True))
+        """Adds a run's record once, however often it is called.
+
+        A run whose commit landed although it failed afterwards has two: what it believed, and what `recover` found.
+        """
+        self._append(record["run_id"], RUN, json.dumps(record, sort_keys=True), once=record["status"])
 
     def send_pending(self, tracking: TrackingConfig) -> dict[str, str]:
         """Sends the runs that MLflow does not have yet, oldest first; run id -> MLflow run id.
@@ -83,7 +86,7 @@ class Bookkeeper:
                     f"MLflow ({tracking.uri}) did not take run {row['run_id']}: {error}; the next run sends it again"
                 )
                 break
-            self._append(row["run_id"], SENT, json.dumps({"mlflow_run": taken[row["run_id"]]}))
+            self._append(row["run_id"], SENT, json.dumps({"mlflow_run": taken[row["run_id"]]}), once=SENT)
         return taken
 
     def records(self) -> list[dict[str, Any]]:
@@ -108,18 +111,18 @@ class Bookkeeper:
                 return float(run["tokens"]) / float(run["seconds"]["encode"])
         return None
 
-    def _has(self, run_id: str, kind: str) -> bool:
-        runs = read_delta(self.spark, self.ref.runs)
-        return not runs.where((F.col("run_id") == run_id) & (F.col("kind") == kind)).isEmpty()
+    def _was_written(self, run_id: str) -> bool:
+        runs = read_delta(self.spark, self.ref.runs).where((F.col("run_id") == run_id) & (F.col("kind") == RUN))
+        return not runs.where(F.get_json_object("record", "$.status") == "published").isEmpty()
 
-    def _append(self, run_id: str, kind: str, record: str) -> None:
+    def _append(self, run_id: str, kind: str, record: str, *, once: str) -> None:
         row = [(run_id, kind, datetime.now(UTC), record)]
         (
             self.spark.createDataFrame(row, RUNS_DDL)
             .coalesce(1)
             .write.format("delta")
             .mode("append")
-            .option("txnAppId", f"{run_id}/{kind}")
+            .option("txnAppId", f"{run_id}/{once}")
             .option("txnVersion", 0)
             .save(self.ref.runs)
         )

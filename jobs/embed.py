@@ -158,7 +158,8 @@ class _Run:
         with report.phase("plan"):
             rows = self._plan_rows(source, published, encoding)
         if rows.is_empty:
-            self._unchanged(published)
+            with report.phase("record"):
+                self._unchanged(published)
             return
         with report.phase("plan"):
             chunks, have = self._plan_chunks(rows, published, encoding)
@@ -186,7 +187,8 @@ class _Run:
         with report.phase("publish"):
             self._publish(published, encoding, rows, content)
         self.hooks.step("committed")
-        self._write_down(encoding.spec.fingerprint)
+        with report.phase("record"):
+            self._write_down(encoding.spec.fingerprint)
 
     def _plan_rows(self, source: SourceRows, published: Published | None, encoding: Encoding) -> RowPlan:
         report, config = self.report, self.config

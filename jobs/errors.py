@@ -9,7 +9,7 @@ from shoal.conf.errors import DestinationError
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import table_named
 from shoal.jobs.published import read_published
-from shoal.jobs.search import plain
+from shoal.jobs.report import plain
 from shoal.udfs import reasons
 
 SAMPLE_CHARS = 80

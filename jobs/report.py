@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from shoal.conf.run import RunConfig
 from shoal.jobs.audit import Account
 from shoal.jobs.planner import ChunkPlan, RowCounts
 
-PHASES = ("start", "plan", "encode", "audit", "publish")
+PHASES = ("start", "plan", "encode", "audit", "publish", "record")
 
 
 @dataclass
@@ -122,7 +124,7 @@ class Report:
             ),
             (
                 f"chunks    {chunks['planned']:,}: {chunks['encoded']:,} encoded, {chunks['reused']:,} reused, "
-                f"{chunks['errors']:,} errors, {chunks['truncated']:,} truncated"
+                f"{counted(chunks['errors'], 'error')}, {chunks['truncated']:,} truncated"
             ),
         ]
         encode = record["seconds"]["encode"]
@@ -154,3 +156,17 @@ def git_revision(folder: Path) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def plain(value: Any) -> Any:
+    """A key's value as JSON has it."""
+    if isinstance(value, Decimal):
+        return str(value)
+    if isinstance(value, datetime | date):
+        return value.isoformat()
+    return value
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 error`, `2 errors`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

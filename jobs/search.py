@@ -1,8 +1,6 @@
 """`shoal search`: the chunks nearest to a text, exactly, with the query encoded by the table's own encoder."""
 
 from dataclasses import replace
-from datetime import date, datetime
-from decimal import Decimal
 from typing import Any
 
 from pyspark.errors import PySparkException
@@ -17,6 +15,7 @@ from shoal.jobs.model_source import pinned_reference, resolve_spec
 from shoal.jobs.nearest import encode_queries, nearest
 from shoal.jobs.prepare import model_cache
 from shoal.jobs.published import Published, read_published
+from shoal.jobs.report import plain
 from shoal.udfs.encoder_spec import EncoderSpec
 
 
@@ -75,15 +74,6 @@ def encoder_of(published: Published) -> EncoderSpec:
             f"encoder would find nothing sensible"
         )
     return spec
-
-
-def plain(value: Any) -> Any:
-    """A key's value as JSON has it."""
-    if isinstance(value, Decimal):
-        return str(value)
-    if isinstance(value, datetime | date):
-        return value.isoformat()
-    return value
 
 
 def _texts(spark: SparkSession, published: Published, found: list[Row], by: list[str]) -> dict[tuple[Any, ...], str]:

