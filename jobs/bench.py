@@ -24,7 +24,7 @@ from shoal.conf.run import DestinationConfig, EncoderConfig, RunConfig, SourceCo
 from shoal.jobs.embed import Hooks, embed
 from shoal.jobs.estimate import count_tokens
 from shoal.jobs.layout import table_of
-from shoal.jobs.prepare import resolve_encoder
+from shoal.jobs.prepare import describe_encoder, resolve_encoder
 from shoal.jobs.session import open_spark
 from shoal.jobs.stdlib_corpus import stdlib_rows
 from shoal.udfs.encode_udf import encode_batches
@@ -73,7 +73,8 @@ def _measure(
         destination=DestinationConfig(path=str(folder / "docs")),
         tracking=TrackingConfig(enabled=False),
     )
-    spec = resolve_encoder(spark, config, table_of(spark, config.destination), None, full_refresh=False, say=say).spec
+    described, ref = describe_encoder(config), table_of(spark, config.destination)
+    spec = resolve_encoder(spark, config, described, ref, None, full_refresh=False, say=say).spec
     tokens = count_tokens(spec, texts)[0]
     seconds: dict[str, float] = {}
     arms: dict[str, Callable[[], float]] = {

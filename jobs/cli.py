@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from shoal.conf.errors import ConfigError, ShoalError
+from shoal.conf.errors import ConfigError, RunError, ShoalError
 from shoal.conf.loader import load_run
 from shoal.conf.run import SparkConfig
 from shoal.jobs import config as config_verb
@@ -28,7 +28,7 @@ from shoal.jobs import config as config_verb
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED = 1
 
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -43,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ShoalError as error:
         return _failed(args, error, error.exit_code, error.status)
     except KeyboardInterrupt:
-        return _failed(
-            args, RuntimeError("interrupted; what has been staged is kept, run it again"), EXIT_INTERRUPTED, "failed"
-        )
+        return _failed(args, RunError("interrupted; what has been staged is kept, run it again"), EXIT_FAILED, "failed")
     except BrokenPipeError:
         # The reader of our output went away, as `head` does: nothing is wrong, and nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -272,7 +270,7 @@ def _failed(args: argparse.Namespace, error: BaseException, code: int, status: s
     if args.debug:
         stderr.print("".join(traceback.format_exception(error)), markup=False)
     told = str(error).strip() or type(error).__name__
-    if not isinstance(error, ShoalError | RuntimeError):
+    if not isinstance(error, ShoalError):
         lines = told.splitlines()
         told = f"{type(error).__name__}: {lines[0]} (--debug shows the stack trace)"
     _say(f"shoal: {told}")

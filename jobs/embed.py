@@ -30,7 +30,16 @@ from shoal.jobs.have import Have, find_have
 from shoal.jobs.layout import SIDECAR_SUFFIX, TableRef, table_of
 from shoal.jobs.lease import Lease, held
 from shoal.jobs.planner import ChunkPlan, RowPlan, Waves, plan_chunks, plan_rows
-from shoal.jobs.prepare import Encoding, comparable, options_of, replace_reason, resolve_encoder, try_out, worker_error
+from shoal.jobs.prepare import (
+    Encoding,
+    comparable,
+    describe_encoder,
+    options_of,
+    replace_reason,
+    resolve_encoder,
+    try_out,
+    worker_error,
+)
 from shoal.jobs.progress import shown_progress
 from shoal.jobs.publish import Target, assemble, new_table_id, publish_merge, publish_replace, published_columns
 from shoal.jobs.published import Published, State, is_head, read_published
@@ -38,6 +47,7 @@ from shoal.jobs.report import Report
 from shoal.jobs.session import slots
 from shoal.jobs.source import SourceRows, read_source
 from shoal.jobs.staging import create_staging, staged_errors, staged_vectors, trim_staging
+from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.progress import ProgressReceiver, ProgressTarget
 
 
@@ -79,13 +89,14 @@ def embed(
         report.started = started
     try:
         with report.phase("start"):
-            # What is wrong with the source or the destination is said before anything is made beside the latter.
+            # What is wrong with source, model or destination is said before anything is made beside the last.
             source = read_source(spark, config.source, config.chunk, limit=limit)
             before = read_published(spark, ref)
+            spec = describe_encoder(config)
             files.require_writable(ref.sidecar)
         with held(files, ref.lease, run_id, say=hooks.say) as lease:
             hooks.step("lease taken")
-            run = _Run(spark, config, ref, files, report, lease, hooks, full_refresh=full_refresh, limit=limit)
+            run = _Run(spark, config, spec, ref, files, report, lease, hooks, full_refresh=full_refresh, limit=limit)
             run.go(source, before)
         hooks.step("lease released")
     except ShoalError as error:
@@ -110,6 +121,7 @@ def scratch_of(ref: TableRef) -> TableRef:
 class _Run:
     spark: SparkSession
     config: RunConfig
+    spec: EncoderSpec
     ref: TableRef
     files: FileSystem
     report: Report
@@ -152,7 +164,13 @@ class _Run:
         report = self.report
         with report.phase("start"):
             encoding = resolve_encoder(
-                self.spark, self.config, self.ref, published, full_refresh=self.full_refresh, say=self.hooks.say
+                self.spark,
+                self.config,
+                self.spec,
+                self.ref,
+                published,
+                full_refresh=self.full_refresh,
+                say=self.hooks.say,
             )
             report.fingerprint = encoding.spec.fingerprint
         with report.phase("plan"):

@@ -14,7 +14,7 @@ from shoal.jobs.estimate import estimate, warn_truncated
 from shoal.jobs.have import find_have
 from shoal.jobs.layout import table_of
 from shoal.jobs.planner import Waves, plan_chunks, plan_rows
-from shoal.jobs.prepare import comparable, options_of, replace_reason, resolve_encoder, try_out
+from shoal.jobs.prepare import comparable, describe_encoder, options_of, replace_reason, resolve_encoder, try_out
 from shoal.jobs.publish import published_columns
 from shoal.jobs.published import read_published
 from shoal.jobs.session import slots
@@ -25,7 +25,8 @@ def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) 
     """The document of `shoal plan --json`: rows, chunks, tokens, estimate, and how the run would publish."""
     ref = table_of(spark, config.destination)
     published = read_published(spark, ref)
-    encoding = resolve_encoder(spark, config, ref, published, full_refresh=full_refresh, say=lambda _: None)
+    described = describe_encoder(config)
+    encoding = resolve_encoder(spark, config, described, ref, published, full_refresh=full_refresh, say=lambda _: None)
     spec = encoding.spec
     source = read_source(spark, config.source, config.chunk)
     columns = published_columns(source, store_text=config.destination.store_text)

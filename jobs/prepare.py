@@ -51,22 +51,27 @@ class Encoding:
         }
 
 
+def describe_encoder(config: RunConfig) -> EncoderSpec:
+    """The encoder of the run file as its files describe it: precision and back end may still be auto."""
+    return resolve_spec(config.encoder, model_cache(), tracking_uri=config.tracking.uri)
+
+
 def resolve_encoder(
     spark: SparkSession,
     config: RunConfig,
+    spec: EncoderSpec,
     ref: TableRef,
     published: Published | None,
     *,
     full_refresh: bool,
     say: Callable[[str], None],
 ) -> Encoding:
-    """The encoder of the run file, with precision and back end settled once and for all at the first run.
+    """The described encoder with precision and back end settled, once and for all at the first run.
 
     What the table (or, before it exists, an earlier attempt) has settled holds on any processor; only where nothing is
     settled does an executor load the model and try. Raises EncoderChangedError when the table holds the vectors of
     another encoder and the run may not replace them.
     """
-    spec = resolve_spec(config.encoder, model_cache(), tracking_uri=config.tracking.uri)
     settled = None if published is None else published.encoder
     if settled is not None:
         recorded = settled["identity"].get("precision")

@@ -1,7 +1,6 @@
 """Turns a run's record into an MLflow run; the only module that talks to MLflow, and only from the driver."""
 
 import json
-import logging
 import os
 from typing import Any
 
@@ -19,8 +18,7 @@ def send(record: dict[str, Any], tracking: TrackingConfig) -> str:
     for key, value in _PATIENCE.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    for chatty in ("mlflow", "alembic"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=tracking.uri)

@@ -48,6 +48,7 @@ OUTSIDE_THE_TREE = {"SettingsError": "pydantic turns only a ValueError of a vali
 
 # Test files of tests/X/ without a module X/Y.py, and why.
 WITHOUT_A_MODULE = {
+    "tests/jobs/test_protocol.py": "a run killed between any two steps, and two runs at once",
     "tests/jobs/test_cluster.py": "the main job on several executor processes",
     "tests/jobs/test_cranfield.py": "the whole pipeline, judged by a known ranking",
 }

@@ -11,10 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import DestinationError, EncoderChangedError, LimitError, SourceError
+from shoal.conf.errors import LimitError
 from shoal.conf.loader import load_run
 from shoal.jobs.embed import embed
-from shoal.jobs.layout import table_named
 from shoal.udfs.hash_encoder import hash_vectors
 
 pytestmark = pytest.mark.spark
@@ -115,7 +114,8 @@ def test_after_every_night_of_any_history_the_table_equals_a_rebuild_from_scratc
     folder = tmp_path_factory.mktemp("history")
     (folder / "run.yaml").write_text(
         "name: docs\n"
-        'source: {format: json, path: c.jsonl, key: id, text: body, columns: [tag], schema: "id STRING, body STRING, tag STRING"}\n'
+        "source: {format: json, path: c.jsonl, key: id, text: body, columns: [tag],"
+        ' schema: "id STRING, body STRING, tag STRING"}\n'
         'encoder: {model: "hash:8"}\n'
         "destination: {path: docs}\n"
         "limits: {max_errors: 100%, max_deleted: 100%}\n"
@@ -145,3 +145,43 @@ def test_after_every_night_of_any_history_the_table_equals_a_rebuild_from_scratc
         # Only content that the table did not hold the night before may be encoded, and each text once.
         assert record["chunks"]["encoded"] == (0 if record["status"] == "unchanged" else len(good - seen))
         seen = good
+
+
+def test_a_run_with_nothing_to_do_builds_no_encoder(
+    spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(rows_of("one fish", "two fish"))
+    config = load_run(run_file())
+    embed(spark, config)
+
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise AssertionError("an encoder was asked for")
+
+    monkeypatch.setattr("shoal.jobs.embed.encode_waves", refuse)
+    monkeypatch.setattr("shoal.jobs.embed.try_out", refuse)
+    monkeypatch.setattr("shoal.jobs.prepare.try_out", refuse)
+
+    assert embed(spark, config).record()["status"] == "unchanged"
+
+
+def test_a_gate_that_search_does_not_pass_stops_the_publication(
+    spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_rows(rows_of("one fish", "two fish", "red fish"))
+    write_rows([{"_id": "q1", "text": "one fish"}, {"_id": "q2", "text": "two fish"}], "queries.jsonl")
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tr0\t1\nq2\tr2\t1\n")
+    gate = {"folder": str(tmp_path), "min_ndcg": 0.9, "k": 1}
+
+    with pytest.raises(LimitError, match=r"gate.min_ndcg is 0.9 .* reaches nDCG@1 0.5000") as refused:
+        embed(spark, load_run(run_file(gate=gate)))
+    assert refused.value.exit_code == 3
+    assert not (tmp_path / "out/docs").exists()
+
+    record = embed(spark, load_run(run_file(gate=gate | {"min_ndcg": 0.5}))).record()
+    assert record["status"] == "published"
+    assert record["ndcg"] == 0.5
+    assert record["chunks"]["encoded"] == 0
+
+    write_rows(rows_of("one fish", "blue fish", "two fish"))
+    record = embed(spark, load_run(run_file(gate=gate))).record()
+    assert record["ndcg"] == 1.0

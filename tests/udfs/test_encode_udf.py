@@ -2,6 +2,8 @@ import dataclasses
 import itertools
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -174,3 +176,34 @@ def test_a_probe_reports_what_it_settled(spec: EncoderSpec) -> None:
 
 def test_a_probe_of_nothing_returns_nothing(spec: EncoderSpec) -> None:
     assert list(make_probe(spec, EncodeOptions())(iter([batch([])]))) == []
+
+
+MEMORY_SCRIPT = """
+import resource, sys
+import pyarrow as pa
+from shoal.conf.run import EncoderConfig
+from shoal.udfs.encode_udf import make_encode
+from shoal.udfs.encoder import EncodeOptions
+from shoal.udfs.hash_encoder import describe_hash
+from shoal.udfs.schema import ENCODE_INPUT
+
+def batches(count):
+    for batch in range(count):
+        texts = [f"text {batch} {row} " + "word " * (row % 50) for row in range(2048)]
+        yield pa.RecordBatch.from_arrays([pa.array([b"h"] * 2048), pa.array(texts)], schema=ENCODE_INPUT)
+
+encode = make_encode(describe_hash(EncoderConfig(model="hash:384")), EncodeOptions())
+peaks = []
+for count in (10, 150):
+    rows = sum(batch.num_rows for batch in encode(batches(count)))
+    assert rows == count * 2048
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(*peaks)
+"""
+
+
+def test_memory_does_not_grow_with_the_size_of_a_partition() -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
+    small_kb, large_kb = map(int, done.stdout.split())
+    # 140 more batches are 440 MB of vectors: kept, they would show.
+    assert large_kb - small_kb < 60_000
