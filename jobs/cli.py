@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
+        _require_text(args)
         code: int = args.run(args)
     except ShoalError as error:
         return _failed(args, error, error.exit_code, error.status)
@@ -122,6 +123,13 @@ def _add(
     parser.add_argument("--debug", action="store_true", help="show stack traces")
     parser.set_defaults(run=run)
     return parser
+
+
+def _require_text(args: argparse.Namespace) -> None:
+    """ConfigError for an argument with bytes that are not UTF-8: Spark could not be told it."""
+    for name, value in vars(args).items():
+        if isinstance(value, str) and not value.isprintable() and any("\ud800" <= char <= "\udfff" for char in value):
+            raise ConfigError(f"{name} {value!a} is not UTF-8; write it as text, or rename the table")
 
 
 def _file_arguments(parser: argparse.ArgumentParser) -> None:

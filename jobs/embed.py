@@ -99,6 +99,11 @@ def embed(
             run = _Run(spark, config, spec, ref, files, report, lease, hooks, full_refresh=full_refresh, limit=limit)
             run.go(source, before)
         hooks.step("lease released")
+    except (PySparkException, Py4JJavaError) as error:
+        failure = worker_error(error)
+        report.status, report.error = failure.status, str(failure)
+        failure.report = report  # type: ignore[attr-defined]
+        raise failure from error
     except ShoalError as error:
         report.status, report.error = error.status, str(error)
         error.report = report  # type: ignore[attr-defined]
@@ -158,7 +163,8 @@ class _Run:
             self._write_down_failure(error)
             raise
         finally:
-            drop_work(self.files, self.ref)
+            # Only this run's own: should the lease have been lost, the new holder is at work beside it.
+            self.files.delete(join(self.ref.work, self.report.run_id))
 
     def _plan_and_publish(self, source: SourceRows, published: Published | None) -> None:
         report = self.report
@@ -324,6 +330,8 @@ class _Run:
         self.books.write(report.record())
         self.hooks.step("recorded")
         report.mlflow_run = self.books.send_pending(self.config.tracking).get(report.run_id)
+        # A run that died after its commit has left behind what it staged, and all of it is published.
+        trim_staging(self.spark, self.ref, report.fingerprint or "")
 
     def _write_down(self, fingerprint: str) -> None:
         """Step 7; whatever fails in it is made good by the next run, and the publication stands."""

@@ -55,8 +55,9 @@ def warn_truncated(spec: EncoderSpec, found: Estimate, *, chunked: bool) -> str 
     """A warning when many contents are longer than the encoder sees and the run file does not chunk."""
     if chunked or found.truncated_share <= MANY_TRUNCATED:
         return None
+    tokens = max(1, spec.max_tokens - 2)
     return (
         f"about {found.truncated_share:.0%} of the texts are longer than the {spec.max_tokens} tokens that "
         f"{spec.reference} sees, and their ends would be ignored; set `chunk: "
-        f"{{tokens: {spec.max_tokens - 2}, overlap: 32}}`"
+        f"{{tokens: {tokens}, overlap: {min(32, tokens // 4)}}}`"
     )

@@ -7,7 +7,7 @@ from typing import Any
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import DestinationError
+from shoal.conf.errors import DestinationError, RunError
 
 
 def local_path(path: str) -> Path | None:
@@ -26,6 +26,18 @@ def absolute(path: str) -> str:
 def join(folder: str, *names: str) -> str:
     """A path below a folder, whatever the scheme."""
     return "/".join([folder.rstrip("/"), *names])
+
+
+def full_disk(error: Exception) -> RunError | None:
+    """The error to raise where Spark failed because there was no room left to write, None where it failed otherwise."""
+    told = str(error)
+    full = next((phrase for phrase in ("No space left on device", "Disk quota exceeded") if phrase in told), None)
+    if full is None:
+        return None
+    return RunError(
+        f"destination: there is no room left beside the table, or on a disk of Spark's own ({full}); nothing was "
+        "published. Make room and run it again: what has been staged is kept"
+    )
 
 
 class FileSystem:

@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from py4j.protocol import Py4JJavaError
+
 from shoal.conf.errors import BusyError, LeaseLostError
 from shoal.jobs.filesystem import FileSystem
 
@@ -68,7 +70,7 @@ class Lease:
         while not self._stop.wait(self.heartbeat_seconds):
             # A full disk or a store that does not answer is no reason to stop: the counter then stands still, and
             # whoever takes over makes this run lose at its next check.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, Py4JJavaError):
                 self._look()
                 if self._lost is not None:
                     return

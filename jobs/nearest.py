@@ -43,18 +43,22 @@ def nearest(rows: DataFrame, by: Sequence[str], queries_QD: np.ndarray, k: int) 
 
     `rows` has these columns and `embedding`; one pass over it, and num_partitions * Q * k rows to the driver.
     """
-    located = rows.where(F.col("embedding").isNotNull()).select(*[quoted(name) for name in by], "embedding")
+    # mapInArrow takes a dot in a column's name for a field of a struct, and a key may be called `query`.
+    short = [f"by_{index}" for index in range(len(by))]
+    renamed = [F.col(quoted(name)).alias(new) for name, new in zip(by, short, strict=True)]
+    located = rows.where(F.col("embedding").isNotNull()).select(*renamed, "embedding")
     carried = located.drop("embedding").schema
-    types = [f"{quoted(field.name)} {field.dataType.simpleString()}" for field in carried]
+    types = [f"{field.name} {field.dataType.simpleString()}" for field in carried]
     ddl = ", ".join(["query int", "score float", *types])
-    find = make_topk(queries_QD, k, list(by), pa.schema(to_arrow_schema(carried)))
+    find = make_topk(queries_QD, k, short, pa.schema(to_arrow_schema(carried)))
     try:
         best = located.mapInArrow(find, ddl)
-        found = best.orderBy("query", F.desc("score"), *[quoted(name) for name in by]).collect()
+        found = best.orderBy("query", F.desc("score"), *short).collect()
     except (PySparkException, Py4JJavaError) as error:
         raise worker_error(error) from error
+    hit = Row(*by, "score")
     answers: list[list[Row]] = [[] for _ in queries_QD]
     for row in found:
         if len(answers[row["query"]]) < k:
-            answers[row["query"]].append(row)
+            answers[row["query"]].append(hit(*row[2:], row["score"]))
     return answers

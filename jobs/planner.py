@@ -19,6 +19,7 @@ from pyspark.sql import functions as F
 
 from shoal.conf.errors import SourceError
 from shoal.conf.run import ChunkConfig, SourceConfig
+from shoal.jobs.filesystem import full_disk
 from shoal.jobs.hashing import content_hash, quoted
 from shoal.jobs.source import ROW_TEXT, SourceRows
 from shoal.udfs import reasons
@@ -157,7 +158,7 @@ def plan_rows(
         kept = keep("rows", concerned.select(*columns))
         found = seen.get
     except (PySparkException, Py4JJavaError) as error:
-        raise _unreadable(settings, error) from error
+        raise full_disk(error) or _unreadable(settings, error) from error
     if found["NULL_key"] or found["duplicate_key"]:
         raise _bad_keys(kept, keys, found["NULL_key"], found["duplicate_key"])
     counts = {name: int(found[name]) for name in (NEW, CHANGED, METADATA_ONLY, DELETED, UNCHANGED)}

@@ -15,6 +15,7 @@ from shoal.conf.errors import EncoderChangedError, ShoalError, WorkerError
 from shoal.conf.redact import scrub
 from shoal.conf.run import EncoderConfig, RunConfig
 from shoal.jobs.canary_store import Probe, known_precision, probe_of
+from shoal.jobs.filesystem import full_disk
 from shoal.jobs.layout import TableRef
 from shoal.jobs.model_source import resolve_spec
 from shoal.jobs.published import Published
@@ -117,6 +118,8 @@ def worker_error(error: PySparkException | Py4JJavaError) -> ShoalError:
         kind = getattr(errors, name.rpartition(".")[2], None) if name.startswith("shoal.conf.errors.") else None
         if found and isinstance(kind, type) and issubclass(kind, ShoalError):
             return kind(message)
+    if full := full_disk(error):
+        return full
     told = next(
         (line for line in reversed(lines) if "Error: " in line or "Exception: " in line), lines[0] if lines else ""
     )

@@ -19,6 +19,7 @@ from pyspark.sql import functions as F
 
 from shoal.conf.errors import DestinationError, OvertakenError, RunError
 from shoal.conf.run import DestinationConfig
+from shoal.jobs.filesystem import full_disk
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import TableRef
 from shoal.jobs.planner import ACTION, NEW, RowPlan
@@ -265,13 +266,25 @@ def _fence(spark: SparkSession, target: Target) -> None:
 
 
 def _own_head(spark: SparkSession, target: Target, state: State) -> int:
-    """The version that this run committed; OvertakenError when the newest commit of ours is another run's."""
+    """The version that this run committed; OvertakenError when it committed none and another run did.
+
+    Somebody may have published on top of it by now, so all commits since the plan are looked at, not the newest alone.
+    """
+    planned = target.before.version if target.before else -1
+    others: list[str] = []
     for commit in commits(spark, target.ref):
+        if commit.version <= planned:
+            break
         if commit.state is not None:
             if commit.state.run_id == state.run_id:
                 return commit.version
-            raise _overtaken(target, f"version {commit.version} (run {commit.state.run_id})")
-    raise RunError(f"table {target.ref}: the commit of run {state.run_id} is not in its history; run it again")
+            others.append(f"version {commit.version} (run {commit.state.run_id})")
+    if others:
+        raise _overtaken(target, others[0])
+    raise RunError(
+        f"table {target.ref}: run {state.run_id} has made no commit (Delta passes over a generation that it has "
+        f"already, and {target.generation} may be one); nothing was published, run it again"
+    )
 
 
 def _overtaken(target: Target, by: str) -> OvertakenError:
@@ -300,6 +313,8 @@ def _commit_settings(spark: SparkSession, target: Target, state: State) -> Itera
 
 
 def _lost_or_failed(error: PySparkException | Py4JJavaError) -> RunError | DestinationError:
+    if full := full_disk(error):
+        return full
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
     if "Concurrent" in text or "ProtocolChanged" in text or "MetadataChanged" in text:

@@ -122,7 +122,7 @@ def read_published(spark: SparkSession, ref: TableRef) -> Published | None:
         detail = spark.sql(f"DESCRIBE DETAIL {ref.sql}").collect()[0]
     except (AnalysisException, Py4JJavaError) as error:
         raise DestinationError(
-            f"destination '{ref}' cannot be read as a Delta table: {str(error).splitlines()[0]}"
+            f"destination '{ref}' cannot be read as a Delta table: {str(error).strip().splitlines()[0]}"
         ) from error
     properties = dict(detail["properties"] or {})
     if FORMAT_PROPERTY not in properties:

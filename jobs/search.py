@@ -41,7 +41,7 @@ def search(
     try:
         candidates = rows.where(where) if where else rows
     except PySparkException as error:
-        raise ConfigError(f"--where '{where}': {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--where '{where}': {str(error).strip().splitlines()[0]}") from error
     by = [*published.keys, "chunk_index"]
     found = nearest(candidates, by, queries_QD, k)
     texts_of = _texts(spark, published, [row for hits in found for row in hits], by)
@@ -64,7 +64,12 @@ def encoder_of(published: Published) -> EncoderSpec:
     if settings.form == "registry":
         settings = settings.model_copy(update={"model": pinned_reference(settings.model, recorded["revision"])})
     spec = resolve_spec(settings, model_cache(), tracking_uri=recorded.get("registry"))
-    spec = replace(spec, precision=recorded["identity"]["precision"], backend=recorded["backend"])
+    spec = replace(
+        spec,
+        precision=recorded["identity"]["precision"],
+        backend=recorded["backend"],
+        query_prompt=recorded["query_prompt"],
+    )
     if spec.fingerprint != published.fingerprint:
         raise EncoderChangedError(
             f"table {published.ref} holds vectors of fingerprint {published.fingerprint}, and "

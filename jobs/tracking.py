@@ -4,6 +4,7 @@ import json
 import os
 from typing import Any
 
+from shoal.conf.fingerprint import digest
 from shoal.conf.run import TrackingConfig
 
 RUN_ID_TAG = "shoal.run_id"
@@ -63,7 +64,7 @@ def _tags(record: dict[str, Any], tracking: TrackingConfig) -> dict[str, str]:
 def _log(client: Any, run_id: str, record: dict[str, Any]) -> None:
     from mlflow.data.delta_dataset_source import DeltaDatasetSource
     from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.entities import DatasetInput, InputTag, Metric, Param
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
     ended = record["ended_ms"]
     params = [Param(key, value[:6000]) for key, value in sorted(flat(record["config"]).items())]
@@ -90,8 +91,17 @@ def _log(client: Any, run_id: str, record: dict[str, Any]) -> None:
             delta_table_name=None if "/" in place else place,
             delta_table_version=version,
         )
-        dataset = MetaDataset(source=source, name=place.rstrip("/").rsplit("/", 1)[-1], digest=str(version))
-        inputs.append(DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", context)]))
+        # MLflow leaves version 0 out, and takes datasets of one name and digest for one.
+        described = MetaDataset(source=source, name=place.rstrip("/").rsplit("/", 1)[-1])._to_mlflow_entity()
+        dataset = Dataset(
+            name=described.name,
+            digest=f"{version}-{digest(place)[:8]}",
+            source_type=described.source_type,
+            source=json.dumps({**source.to_dict(), "delta_table_version": version}),
+            schema=described.schema,
+            profile=described.profile,
+        )
+        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
     if inputs:
         client.log_inputs(run_id, datasets=inputs)
     client.log_dict(run_id, record["config"], "config.json")

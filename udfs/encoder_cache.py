@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 MEMORY_TRIES: Final = 7
 MEMORY_WAIT_S: Final = 15.0
 
-_Key = tuple[str, str, str, EncodeOptions]
+_Key = tuple[str, str, str, str, EncodeOptions]
 
 _ENCODERS: Final[dict[tuple[str, str], tuple[_Key, Encoder]]] = {}
 _CHECKED: Final[set[_Key]] = set()
@@ -29,10 +29,12 @@ _CHECKED: Final[set[_Key]] = set()
 def cached_encoder(spec: EncoderSpec, device: str, options: EncodeOptions, canaries: Canaries | None = None) -> Encoder:
     """The encoder of this worker for (fingerprint, back end, device, role), its canaries checked once.
 
-    Another fingerprint, back end or other options for the same device and role replace it. WorkerError when the
-    canaries have moved.
+    Another fingerprint, query prompt, back end or other options for the same device and role replace it. WorkerError
+    when the canaries have moved.
     """
-    key = (spec.fingerprint, spec.backend, device, options)
+    # The fingerprint leaves the query prompt out, since no stored vector depends on it; a query's vector does.
+    prompt = spec.query_prompt if options.role == "query" else spec.document_prompt
+    key = (spec.fingerprint, prompt, spec.backend, device, options)
     slot = (device, options.role)
     held = _ENCODERS.get(slot)
     if held is None or held[0] != key:

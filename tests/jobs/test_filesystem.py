@@ -37,7 +37,9 @@ def test_a_file_is_created_by_one_only(spark: SparkSession, root: str, tmp_path:
     assert (tmp_path / "new/lease.json").read_text() == "first"
 
 
-def test_a_file_is_replaced_as_a_whole_and_leaves_no_part_behind(spark: SparkSession, root: str, tmp_path: Path) -> None:
+def test_a_file_is_replaced_as_a_whole_and_leaves_no_part_behind(
+    spark: SparkSession, root: str, tmp_path: Path
+) -> None:
     files = FileSystem(spark, root)
     path = join(root, "lease.json")
     files.create(path, "a longer text than the next")

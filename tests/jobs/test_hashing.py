@@ -60,7 +60,18 @@ def test_no_two_rows_of_strings_share_a_hash_and_null_is_not_empty(spark: SparkS
 
 
 def test_lists_are_told_apart_by_their_nesting(spark: SparkSession) -> None:
-    values = [None, [], [None], [[]], [[None]], [["a"], ["b"]], [["a", "b"]], [["a", "b"], []], [[], ["a", "b"]], [["ab"]]]
+    values = [
+        None,
+        [],
+        [None],
+        [[]],
+        [[None]],
+        [["a"], ["b"]],
+        [["a", "b"]],
+        [["a", "b"], []],
+        [[], ["a", "b"]],
+        [["ab"]],
+    ]
 
     found = hashes(spark, [(value,) for value in values], "a array<array<string>>")
 
@@ -76,7 +87,9 @@ def test_structs_are_told_apart_by_null_fields_and_by_being_null(spark: SparkSes
 
 
 def test_the_order_of_map_entries_does_not_show_and_their_values_do(spark: SparkSession) -> None:
-    table = spark.sql("SELECT map('a', 1, 'b', 2) m UNION ALL SELECT map('b', 2, 'a', 1) UNION ALL SELECT map('a', 2, 'b', 1)")
+    table = spark.sql(
+        "SELECT map('a', 1, 'b', 2) m UNION ALL SELECT map('b', 2, 'a', 1) UNION ALL SELECT map('a', 2, 'b', 1)"
+    )
 
     one, other, swapped = (bytes(row[0]) for row in table.select(columns_hash(table.schema.fields)).collect())
 
@@ -85,7 +98,9 @@ def test_the_order_of_map_entries_does_not_show_and_their_values_do(spark: Spark
 
 
 def test_equal_values_of_different_types_do_not_meet(spark: SparkSession) -> None:
-    found = [hashes(spark, [(value,)], f"a {kind}")[0] for value, kind in ((1, "int"), ("1", "string"), (True, "boolean"))]
+    found = [
+        hashes(spark, [(value,)], f"a {kind}")[0] for value, kind in ((1, "int"), ("1", "string"), (True, "boolean"))
+    ]
     found.append(hashes(spark, [(1.0,)], "a double")[0])
     found.append(hashes(spark, [(b"1",)], "a binary")[0])
 
@@ -117,8 +132,8 @@ def test_the_session_time_zone_does_not_show(spark: SparkSession) -> None:
 
 def test_hashes_are_what_they_were_in_the_first_release(spark: SparkSession) -> None:
     row = (
-        "caf\N{LATIN SMALL LETTER E WITH ACUTE}", 7, True, 0.5, b"\x00\xff", date(2026, 1, 31), datetime(2026, 1, 31, 6),
-        ["a", None], {"k": 1}, ("x",),
+        "caf\N{LATIN SMALL LETTER E WITH ACUTE}", 7, True, 0.5, b"\x00\xff", date(2026, 1, 31),
+        datetime(2026, 1, 31, 6), ["a", None], {"k": 1}, ("x",),
     )  # fmt: skip
     ddl = (
         "s string, i bigint, b boolean, f double, x binary, d date, w timestamp_ntz, a array<string>, "

@@ -32,6 +32,20 @@ def test_roles_have_an_encoder_each(make_checkpoint: Build, describe: Describe) 
     assert cached_encoder(spec, "cpu", EncodeOptions()) is document
 
 
+def test_queries_with_another_prompt_have_another_encoder_though_the_fingerprint_is_the_same(
+    make_checkpoint: Build, describe: Describe
+) -> None:
+    spec = describe(make_checkpoint())
+    asked = dataclasses.replace(spec, query_prompt="ask: ")
+    assert asked.fingerprint == spec.fingerprint
+    options = EncodeOptions(role="query")
+    plain_ND = cached_encoder(spec, "cpu", options).encode(["fish"]).vectors_ND
+    asked_ND = cached_encoder(asked, "cpu", options).encode(["fish"]).vectors_ND
+    assert not np.allclose(plain_ND, asked_ND)
+    document = cached_encoder(spec, "cpu", EncodeOptions())
+    assert cached_encoder(asked, "cpu", EncodeOptions()) is document
+
+
 @pytest.mark.parametrize("change", ["fingerprint", "options"])
 def test_another_encoder_frees_the_one_it_replaces(make_checkpoint: Build, describe: Describe, change: str) -> None:
     spec = describe(make_checkpoint())

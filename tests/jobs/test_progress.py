@@ -1,0 +1,88 @@
+"""What people see while the encoder works, with real datagrams and a clock that is turned up."""
+
+import io
+import time
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from shoal.jobs import progress
+from shoal.jobs.progress import MAX_POINTS, shown_progress
+from shoal.udfs.progress import Counts, ProgressReceiver, ProgressSender, ProgressTarget
+
+LONG_S = 20.0
+
+
+def until(done: Callable[[], object]) -> None:
+    """Waits for what another thread does."""
+    end = time.monotonic() + LONG_S
+    while not done():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.01)
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.02)
+    said: list[str] = []
+    console = Console(file=io.StringIO())
+    with ProgressReceiver("run-1") as receiver:
+        sender = ProgressSender(ProgressTarget("127.0.0.1", receiver.port, "run-1", 0), 0, 0)
+        with shown_progress(receiver, 100, 40, time.time(), console, said.append) as points:
+            until(lambda: said)
+            assert said[0].startswith("encoding: 40 of 140 chunks, 0 chunks/s, 0 tokens/s")
+            sender.send(Counts(chunks=60, tokens=900, padded=1000))
+            until(lambda: "100 of 140" in said[-1])
+        assert "s left" in said[-1]
+        num_said = len(said)
+        time.sleep(0.1)
+        assert len(said) == num_said, "it goes on after its end"
+        sender.close()
+    assert points[-1][1:] == (60, 900)
+    assert [point[0] for point in points] == sorted(point[0] for point in points)
+
+
+def test_on_a_terminal_there_is_a_bar_that_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "REFRESH_SECONDS", 0.02)
+    said: list[str] = []
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120, color_system=None)
+    with ProgressReceiver("run-1") as receiver:
+        sender = ProgressSender(ProgressTarget("127.0.0.1", receiver.port, "run-1", 0), 0, 0)
+        with shown_progress(receiver, 100, 40, time.time(), console, said.append) as points:
+            sender.send(Counts(chunks=60, tokens=900, padded=1000))
+            until(lambda: "100/140" in screen.getvalue())
+        sender.close()
+    assert said == []
+    assert "tokens/s" in screen.getvalue()
+    assert points[-1][1:] == (60, 900)
+
+
+def test_a_long_run_keeps_a_bounded_number_of_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0001)
+    lines = 0
+
+    def say(line: str) -> None:
+        nonlocal lines
+        lines += 1
+
+    with (
+        ProgressReceiver("run-1") as receiver,
+        shown_progress(receiver, 10, 0, time.time(), Console(file=io.StringIO()), say) as points,
+    ):
+        until(lambda: lines > 3 * MAX_POINTS)
+    assert MAX_POINTS // 2 <= len(points) <= MAX_POINTS
+
+
+def test_a_run_that_fails_stops_the_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.02)
+    said: list[str] = []
+    with ProgressReceiver("run-1") as receiver:
+        with (
+            pytest.raises(ValueError, match="stop"),
+            shown_progress(receiver, 10, 0, time.time(), Console(file=io.StringIO()), said.append),
+        ):
+            raise ValueError("stop")
+        num_said = len(said)
+        time.sleep(0.1)
+    assert len(said) == num_said
