@@ -238,7 +238,7 @@ class SourceConfig(Section):
 
     format: Literal["delta", "parquet", "json", "csv", "text", "table", "query"] = Field(
         description="What the source is: a Delta table by path, files (json is one object per line, text is one row "
-        "per file), a catalog table or view, or an SQL query."
+        "per file, subfolders included; an empty file gives none), a catalog table or view, or an SQL query."
     )
     path: Paths | None = Field(
         default=None,

@@ -19,6 +19,9 @@ from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.schema import ENCODE_INPUT_DDL, ENCODE_OUTPUT_DDL
 from shoal.udfs.topk import make_topk
 
+SCORE = "__score"
+"""A name that no key column can have."""
+
 
 def encode_queries(spark: SparkSession, spec: EncoderSpec, texts: Sequence[str]) -> np.ndarray:
     """Query vectors float32 (Q, dim), with the encoder's query prompt, in the order of the texts.
@@ -39,7 +42,7 @@ def encode_queries(spark: SparkSession, spec: EncoderSpec, texts: Sequence[str])
 
 
 def nearest(rows: DataFrame, by: Sequence[str], queries_QD: np.ndarray, k: int) -> list[list[Row]]:
-    """For each query its k best rows, best first: the columns `by`, which also decide ties, and `score`.
+    """For each query its k best rows, best first: the columns `by`, which also decide ties, and SCORE.
 
     `rows` has these columns and `embedding`; one pass over it, and num_partitions * Q * k rows to the driver.
     """
@@ -56,7 +59,7 @@ def nearest(rows: DataFrame, by: Sequence[str], queries_QD: np.ndarray, k: int) 
         found = best.orderBy("query", F.desc("score"), *short).collect()
     except (PySparkException, Py4JJavaError) as error:
         raise worker_error(error) from error
-    hit = Row(*by, "score")
+    hit = Row(*by, SCORE)
     answers: list[list[Row]] = [[] for _ in queries_QD]
     for row in found:
         if len(answers[row["query"]]) < k:

@@ -12,7 +12,7 @@ from shoal.conf.run import EncoderConfig
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import table_named
 from shoal.jobs.model_source import pinned_reference, resolve_spec
-from shoal.jobs.nearest import encode_queries, nearest
+from shoal.jobs.nearest import SCORE, encode_queries, nearest
 from shoal.jobs.prepare import model_cache
 from shoal.jobs.published import Published, read_published
 from shoal.jobs.report import plain
@@ -48,7 +48,7 @@ def search(
     return [
         [
             {name: plain(row[name]) for name in by}
-            | {"text": texts_of.get(tuple(row[name] for name in by)), "score": round(float(row["score"]), 6)}
+            | {"text": texts_of.get(tuple(row[name] for name in by)), "score": round(float(row[SCORE]), 6)}
             for row in hits
         ]
         for hits in found
