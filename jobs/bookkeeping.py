@@ -11,6 +11,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from shoal.conf.redact import scrub
 from shoal.conf.run import TrackingConfig
 from shoal.jobs.filesystem import FileSystem, join
 from shoal.jobs.layout import TableRef, read_delta
@@ -24,6 +25,7 @@ RECENT_RUNS = 20
 
 # A tracking server that was down for long is caught up with a few runs at a time.
 MAX_SENT_PER_RUN = 20
+PATIENCE = 2
 
 
 @dataclass(frozen=True)
@@ -62,39 +64,48 @@ class Bookkeeper:
         self._append(record["run_id"], RUN, json.dumps(record, sort_keys=True), once=record["status"])
 
     def send_pending(self, tracking: TrackingConfig) -> dict[str, str]:
-        """Sends the runs that MLflow does not have yet, oldest first; run id -> MLflow run id.
+        """Sends what MLflow does not have yet, newest first; run id -> MLflow run id.
 
-        MLflow being down costs nothing: what was not sent stays pending.
+        MLflow being down costs nothing: what was not sent stays pending. Newest first, and on to the next after one
+        failure, so that a record which the server will not take holds up no other.
         """
         if not tracking.enabled:
             return {}
         runs = read_delta(self.spark, self.ref.runs)
-        sent = runs.where(F.col("kind") == SENT).select("run_id")
+        runs = runs.withColumn("status", F.get_json_object("record", "$.status"))
+        sent = runs.where(F.col("kind") == SENT).select("run_id", "status")
         pending = (
             runs.where(F.col("kind") == RUN)
-            .join(sent, on="run_id", how="left_anti")
-            .orderBy("written_at")
+            .join(sent, on=["run_id", "status"], how="left_anti")
+            .orderBy(F.desc("written_at"))
             .limit(MAX_SENT_PER_RUN)
             .collect()
         )
         taken: dict[str, str] = {}
+        num_failed = 0
         for row in pending:
             try:
                 taken[row["run_id"]] = send(json.loads(row["record"]), tracking)
             except Exception as error:  # noqa: BLE001 - whatever a tracking server does, the vectors are published
-                self.say(
-                    f"MLflow ({tracking.uri}) did not take run {row['run_id']}: {error}; the next run sends it again"
-                )
-                break
-            self._append(row["run_id"], SENT, json.dumps({"mlflow_run": taken[row["run_id"]]}), once=SENT)
+                told = f"MLflow ({tracking.uri}) did not take run {row['run_id']}: {error}; the next run sends it again"
+                self.say(scrub(told, pairs=True))
+                num_failed += 1
+                if num_failed == PATIENCE:
+                    break
+                continue
+            ticked = {"mlflow_run": taken[row["run_id"]], "status": row["status"]}
+            self._append(row["run_id"], SENT, json.dumps(ticked), once=f"{SENT}/{row['status']}")
         return taken
 
     def records(self) -> list[dict[str, Any]]:
-        """All runs, newest first, each with its `mlflow_run` where there is one."""
+        """All runs, newest first, each with its `mlflow_run` where there is one; of two records of a run the later."""
         rows = read_delta(self.spark, self.ref.runs).orderBy(F.desc("written_at")).collect()
         sent = {row["run_id"]: json.loads(row["record"])["mlflow_run"] for row in rows if row["kind"] == SENT}
-        runs = [json.loads(row["record"]) for row in rows if row["kind"] == RUN]
-        return [{**run, "mlflow_run": sent.get(run["run_id"])} for run in runs]
+        runs: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            if row["kind"] == RUN:
+                runs.setdefault(row["run_id"], json.loads(row["record"]))
+        return [{**run, "mlflow_run": sent.get(run_id)} for run_id, run in runs.items()]
 
     def last_generation(self) -> int:
         """The highest generation written down, 0 where there is none; for tables whose own log no longer reaches it."""

@@ -21,7 +21,7 @@ from shoal.conf.errors import ShoalError
 from shoal.conf.run import RunConfig
 from shoal.jobs import audit
 from shoal.jobs.bookkeeping import Bookkeeper, drop_work
-from shoal.jobs.canary_store import load_probe, save_probe
+from shoal.jobs.canary_store import Probe, load_probe, save_probe
 from shoal.jobs.encode_stage import encode_waves
 from shoal.jobs.estimate import estimate, warn_truncated
 from shoal.jobs.filesystem import FileSystem, join
@@ -136,6 +136,7 @@ class _Run:
     limit: int | None
 
     def __post_init__(self) -> None:
+        self.trial: Probe | None = None
         self.books = Bookkeeper(self.spark, self.ref, self.hooks.say)
         self.options = options_of(self.config)
 
@@ -240,7 +241,11 @@ class _Run:
         waves = Waves(slots(self.spark), config.encode.wave_chunks)
         chunks = plan_chunks(rows, config.chunk, spec.folder, have.hashes(), self._keep, waves)
         report.planned_chunks(chunks)
-        rate = self.books.last_rate(spec.fingerprint)
+        rate = None
+        if chunks.todo is not None:
+            # Before the first run only the trial of the encoder knows how fast it is; it is needed for canaries anyway.
+            rate = self.books.last_rate(spec.fingerprint)
+            rate = rate or self._probe(encoding).report["tokens_per_s"] * slots(self.spark)
         found = estimate(chunks.todo, chunks.num_todo, spec, rate=rate, price_per_hour=config.encode.price_per_hour)
         report.estimate = {"seconds": found.seconds, "price": found.price}
         audit.check_cost(config.limits.max_cost, found.price)
@@ -256,11 +261,17 @@ class _Run:
         (table.write.partitionBy(partition_by) if partition_by else table.write).parquet(path)
         return self.spark.read.parquet(path)
 
+    def _probe(self, encoding: Encoding) -> Probe:
+        """The encoder's trial: this run's, an earlier one's, or made now; never twice."""
+        if self.trial is None:
+            self.trial = encoding.probe or load_probe(self.spark, self.ref, encoding.spec.fingerprint)
+        if self.trial is None:
+            self.trial, _ = try_out(self.spark, encoding.spec, self.options)
+        return self.trial
+
     def _encode(self, chunks: ChunkPlan, todo: DataFrame, encoding: Encoding) -> None:
         spec, report = encoding.spec, self.report
-        probe = encoding.probe or load_probe(self.spark, self.ref, spec.fingerprint)
-        if probe is None:
-            probe, _ = try_out(self.spark, spec, self.options)
+        probe = self._probe(encoding)
         if load_probe(self.spark, self.ref, spec.fingerprint) is None:
             save_probe(self.spark, self.ref, spec.fingerprint, spec.backend, probe)
         report.parity_min_cosine = probe.report["parity"]["min"]

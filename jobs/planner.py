@@ -222,7 +222,7 @@ class Waves:
     def number(self, num_chunks: int) -> int:
         if self.chunks is not None:
             return min(MAX_WAVES, max(1, -(-num_chunks // self.chunks)))
-        return min(MAX_WAVES, max(1, min(8, num_chunks // 1000), -(-num_chunks // 50_000)))
+        return min(MAX_WAVES, max(1, min(8, num_chunks // 250), -(-num_chunks // 50_000)))
 
 
 def cut(rows: DataFrame, chunk: ChunkConfig | None, tokenizer_folder: str) -> DataFrame:

@@ -37,6 +37,8 @@ def send(record: dict[str, Any], tracking: TrackingConfig) -> str:
         )
     )
     mlflow_id = run.info.run_id
+    for name, value in _tags(record, tracking).items() if known else ():
+        client.set_tag(mlflow_id, name, value)
     _log(client, mlflow_id, record)
     status = "FINISHED" if record["status"] in _FINISHED else "FAILED"
     client.set_terminated(mlflow_id, status=status, end_time=record["ended_ms"])

@@ -95,6 +95,16 @@ def test_a_run_that_died_after_its_commit_is_written_down_once_with_its_version(
     assert said == ["run one published version 7 and died; writing it down"]
 
 
+def test_a_run_that_failed_after_its_commit_landed_counts_as_published(
+    ref: TableRef, config: RunConfig, books: Bookkeeper
+) -> None:
+    books.write(record(config, "one", status="failed", version=None, error="the answer got lost"))
+
+    books.recover(dead(ref, record(config, "one", version=None, error=None), 7), OFF)
+
+    assert [(run["status"], run["version"], run["error"]) for run in books.records()] == [("published", 7, None)]
+
+
 def test_a_run_that_was_written_down_before_it_died_is_left_alone(
     ref: TableRef, config: RunConfig, books: Bookkeeper, said: list[str]
 ) -> None:
@@ -120,19 +130,19 @@ def test_the_highest_generation_and_the_newest_rate_are_remembered(config: RunCo
     assert books.last_rate("f") == 200.0
 
 
-def test_what_a_server_that_was_down_has_missed_is_sent_later_oldest_first_and_a_few_at_a_time(
+def test_what_a_server_that_was_down_has_missed_is_sent_later_newest_first_and_a_few_at_a_time(
     config: RunConfig, books: Bookkeeper, sqlite: TrackingConfig, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("one", "two", "three"):
         books.write(record(config, name))
 
     assert books.send_pending(NOWHERE) == {}
-    assert len(said) == 1, "a server that is down is asked once"
-    assert "did not take run one" in said[0]
+    assert len(said) == 2, "a server that is down is asked twice, not once for each record"
+    assert "did not take run three" in said[0]
     monkeypatch.setattr(bookkeeping, "MAX_SENT_PER_RUN", 2)
     assert books.send_pending(OFF) == {}
-    assert list(books.send_pending(sqlite)) == ["one", "two"]
-    assert list(books.send_pending(sqlite)) == ["three"]
+    assert list(books.send_pending(sqlite)) == ["three", "two"]
+    assert list(books.send_pending(sqlite)) == ["one"]
     assert books.send_pending(sqlite) == {}
     assert sent_to(sqlite) == ["one", "three", "two"]
     assert all(run["mlflow_run"] for run in books.records())
@@ -159,3 +169,27 @@ def test_work_of_dead_runs_is_dropped_by_name(spark: SparkSession, ref: TableRef
     drop_work(files, ref)
 
     assert files.names(ref.work) == []
+
+
+def test_a_run_that_was_sent_as_failed_is_sent_again_as_published(
+    config: RunConfig, books: Bookkeeper, sqlite: TrackingConfig
+) -> None:
+    books.write(record(config, "one") | {"status": "failed"})
+    first = books.send_pending(sqlite)
+    books.write(record(config, "one") | {"status": "published", "version": 3})
+
+    assert books.send_pending(sqlite) == first
+    client = mlflow.MlflowClient(sqlite.uri)
+    run = client.get_run(first["one"])
+    assert run.info.status == "FINISHED"
+    assert (run.data.tags["shoal.status"], run.data.tags["delta.version"]) == ("published", "3")
+    assert books.send_pending(sqlite) == {}
+
+
+def test_one_record_that_the_server_will_not_take_holds_up_no_other(
+    config: RunConfig, books: Bookkeeper, sqlite: TrackingConfig
+) -> None:
+    books.write(record(config, "good"))
+    books.write(record(config, "bad") | {"rows": "not what MLflow can be told"})
+
+    assert list(books.send_pending(sqlite)) == ["good"]

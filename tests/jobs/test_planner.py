@@ -183,7 +183,7 @@ def test_contents_are_dealt_out_once_each_into_even_waves_and_slots(spark: Spark
 
 
 def test_a_small_run_still_has_waves_to_keep_and_a_huge_one_has_no_more_than_allowed() -> None:
-    assert [Waves(2).number(n) for n in (1, 999, 2_000, 8_000, 400_000, 400_001, 10**9)] == [
+    assert [Waves(2).number(n) for n in (1, 499, 500, 2_000, 400_000, 400_001, 10**9)] == [
         1,
         1,
         2,
