@@ -588,6 +588,11 @@ class EncodeConfig(Section):
     threads: PositiveInt | None = Field(
         default=None, description="Processor threads of one encoder; unset: the cores that Spark gives a task."
     )
+    device: Annotated[str, BeforeValidator(_checked(r"cpu|cuda(:\d+)?", "write cpu, cuda or cuda:0"))] | None = Field(
+        default=None,
+        description="Device of the encoder: `cpu`, `cuda` or `cuda:0`; unset: the GPU that Spark gives the task, else "
+        "the processor. Local masters give none, so a GPU of this machine has to be named here.",
+    )
     price_per_hour: Price | None = Field(
         default=None, description="What an hour of the whole cluster costs, in any currency; for the plan's estimate."
     )

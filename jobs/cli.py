@@ -1,8 +1,8 @@
 """The `shoal` command: parses the line, calls one verb, prints its result, returns its exit code.
 
 0 published or nothing to do; 1 failed, may be retried; 2 configuration or usage; 3 refused by a limit, a gate or a
-model
-change; 4 another run holds the table. With --json, stdout is one JSON document and everything else goes to stderr.
+change of encoder; 4 another run holds the table. With --json, stdout is one JSON document and everything else goes to
+stderr.
 """
 
 import argparse
@@ -35,7 +35,7 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; the console script and every `jobs/*.py` end here."""
+    """Runs one verb: the console script, and `spark-submit jobs/cli.py VERB ..`."""
     args = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
@@ -129,7 +129,7 @@ def _require_text(args: argparse.Namespace) -> None:
     """ConfigError for an argument with bytes that are not UTF-8: Spark could not be told it."""
     for name, value in vars(args).items():
         if isinstance(value, str) and not value.isprintable() and any("\ud800" <= char <= "\udfff" for char in value):
-            raise ConfigError(f"{name} {value!a} is not UTF-8; write it as text, or rename the table")
+            raise ConfigError(f"{name} {value!a} is not UTF-8; write it as text, or rename what it names")
 
 
 def _file_arguments(parser: argparse.ArgumentParser) -> None:
@@ -284,6 +284,10 @@ def _failed(args: argparse.Namespace, error: BaseException, code: int, status: s
     _say(f"shoal: {told}")
     if args.json:
         report = getattr(error, "report", None)
+        if report is None and args.run is _embed:
+            from shoal.jobs.report import Report
+
+            report = Report(status=status, error=told)
         document = report.public() if report is not None else {"status": status, "error": told}
         _print_json(document)
     return code

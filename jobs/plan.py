@@ -22,7 +22,10 @@ from shoal.jobs.source import read_source
 
 
 def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) -> dict[str, Any]:
-    """The document of `shoal plan --json`: rows, chunks, tokens, estimate, and how the run would publish."""
+    """The document of `shoal plan --json`: rows, chunks, tokens, estimate, and how the run would publish.
+
+    Keys as in a run's document, with what the run would report: `encoded` are the chunks to encode.
+    """
     ref = table_of(spark, config.destination)
     published = read_published(spark, ref)
     described = describe_encoder(config)
@@ -70,8 +73,10 @@ def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) 
             "planned": chunks.planned,
             "distinct": chunks.distinct,
             "reused": chunks.distinct - chunks.num_todo,
-            "to_encode": chunks.num_todo,
+            "encoded": chunks.num_todo,
+            "embedded": chunks.planned - sum(chunks.errors.values()),
             "errors": sum(chunks.errors.values()),
+            "truncated": round(found.truncated_share * chunks.num_todo),
             "waves": chunks.num_waves,
         },
         "errors": chunks.errors,
@@ -93,7 +98,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         ),
         (
             f"chunks   {chunks['planned']:,} planned, {chunks['distinct']:,} distinct: {chunks['reused']:,} are there, "
-            f"{chunks['to_encode']:,} to encode in {chunks['waves']} waves; {chunks['errors']:,} errors"
+            f"{chunks['encoded']:,} to encode in {chunks['waves']} waves; {chunks['errors']:,} errors"
         ),
         f"tokens   {found['tokens']:,}",
     ]

@@ -212,7 +212,7 @@ def plan_chunks(
 class Waves:
     """How the work is cut: one commit to staging per wave, `num_slots` partitions in each.
 
-    chunks: chunks per wave as the run file says; None: at most 50,000, and so many waves (up to eight, of a thousand
+    chunks: chunks per wave as the run file says; None: at most 50,000, and so many waves (up to eight, of 250
     chunks or more) that a small run killed in the middle has kept something.
     """
 

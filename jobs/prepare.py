@@ -11,7 +11,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from shoal.conf import errors
-from shoal.conf.errors import EncoderChangedError, ShoalError, WorkerError
+from shoal.conf.errors import EncoderChangedError, RefusedError, ShoalError, WorkerError
 from shoal.conf.redact import scrub
 from shoal.conf.run import EncoderConfig, RunConfig
 from shoal.jobs.canary_store import Probe, known_precision, probe_of
@@ -95,6 +95,7 @@ def options_of(config: RunConfig, *, role: str = "document") -> EncodeOptions:
         token_budget=settings.token_budget,
         time_limit_s=settings.time_limit.total_seconds(),
         threads=settings.threads,
+        device=settings.device,
         role="query" if role == "query" else "document",
     )
 
@@ -139,7 +140,8 @@ def replace_reason(
 ) -> str | None:
     """Why the whole table has to be written anew, None when a MERGE of the difference will do.
 
-    `columns`: name -> type of the columns that this run would publish.
+    `columns`: name -> type of the columns that this run would publish. Raises RefusedError when the key columns differ
+    and nobody asked for a full refresh.
     """
     if published is None:
         return "first run"
@@ -148,7 +150,12 @@ def replace_reason(
     if published.fingerprint != fingerprint:
         return "another encoder"
     if published.keys != source.keys:
-        return f"key columns {list(published.keys)} became {list(source.keys)}"
+        raise RefusedError(
+            f"source.key: table {published.ref} has the key columns {list(published.keys)} and the run file has "
+            f"{list(source.keys)}, so no row of the table could be kept; name another destination, or replace "
+            "the table "
+            f"with `shoal embed FILE --full-refresh`"
+        )
     old = {field.name: field.dataType.simpleString() for field in published.rows(spark).schema.fields}
     differing = sorted(name for name in old.keys() | columns.keys() if old.get(name) != columns.get(name))
     return f"columns changed: {', '.join(differing)}" if differing else None

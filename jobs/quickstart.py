@@ -1,5 +1,6 @@
 """`shoal quickstart`: the main job on a corpus that every machine has, the docstrings of Python's standard library."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Answered:
 
 
 def prepare(folder: Path, *, say: Callable[[str], None]) -> RunConfig:
-    """Writes the corpus and a copy of the run file into `folder`, and loads that copy."""
+    """Writes the corpus into `folder`, and a copy of the run file unless one is there to be edited; loads that copy."""
     folder.mkdir(parents=True, exist_ok=True)
     num_rows = write_corpus(folder / "stdlib.jsonl")
     say(f"corpus: {num_rows:,} docstrings of the standard library in {folder / 'stdlib.jsonl'}")
@@ -44,7 +45,14 @@ def prepare(folder: Path, *, say: Callable[[str], None]) -> RunConfig:
 
 
 def quickstart(spark: SparkSession, config: RunConfig, hooks: Hooks) -> Answered:
-    """Embeds the corpus and asks the three questions."""
+    """Embeds the corpus and asks the three questions; of a version that was asked before the answers are kept."""
     report = embed(spark, config, hooks=hooks)
-    answers = search(spark, report.table, list(QUESTIONS), 3)
-    return Answered(report, dict(zip(QUESTIONS, answers, strict=True)))
+    kept = config.folder / "answers.json"
+    if kept.exists():
+        asked = json.loads(kept.read_text())
+        if (asked["table"], asked["version"]) == (report.table, report.version):
+            return Answered(report, asked["answers"])
+    found = search(spark, report.table, list(QUESTIONS), 3)
+    answers = dict(zip(QUESTIONS, found, strict=True))
+    kept.write_text(json.dumps({"table": report.table, "version": report.version, "answers": answers}, indent=2))
+    return Answered(report, answers)

@@ -21,9 +21,9 @@ PHASES = ("start", "plan", "encode", "audit", "publish", "record")
 class Report:
     """Filled in as the run goes; `record()` is valid at any time."""
 
-    config: RunConfig
-    run_id: str
-    table: str
+    config: RunConfig | None = None
+    run_id: str = ""
+    table: str = ""
     started: float = field(default_factory=time.time)
     status: str = "failed"
     version: int | None = None
@@ -59,20 +59,18 @@ class Report:
     def planned_chunks(self, plan: ChunkPlan) -> None:
         self.planned, self.distinct, self.num_todo = plan.planned, plan.distinct, plan.num_todo
 
-    def record(self) -> dict[str, Any]:
-        """The contract of `shoal embed --json`, and what else bookkeeping needs; plain JSON values only."""
+    def public(self) -> dict[str, Any]:
+        """The document that `shoal embed --json` prints; needs no run file."""
         account = self.account or Account(self.planned, 0, 0, 0, 0)
-        ended = time.time()
+        total = time.time() - self.started
         return {
             "status": self.status,
-            "name": self.config.name,
-            "table": self.table,
+            "table": self.table or None,
             "version": self.version,
             "generation": self.generation,
-            "run_id": self.run_id,
+            "run_id": self.run_id or None,
             "mlflow_run": self.mlflow_run,
             "fingerprint": self.fingerprint,
-            "source": source_name(self.config),
             "source_version": self.source_version,
             "rows": asdict(self.rows),
             "chunks": {
@@ -87,29 +85,32 @@ class Report:
             "errors": account.errors,
             "tokens": account.tokens,
             "estimate": self.estimate,
-            "seconds": {"total": round(ended - self.started, 3), **{k: round(v, 3) for k, v in self.seconds.items()}},
+            "seconds": {"total": round(total, 3), **{k: round(v, 3) for k, v in self.seconds.items()}},
             "bytes_written": self.bytes_written,
             "padding_share": self.padding_share,
             "parity_min_cosine": self.parity_min_cosine,
             "ndcg": self.ndcg,
-            "progress": self.progress,
             "reason": self.reason,
             "error": self.error,
             "warnings": self.warnings,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What is printed, and what else the commit, the runs table and MLflow keep; plain JSON values only."""
+        assert self.config is not None  # noqa: S101 - only a failure before the run file was read has none
+        return self.public() | {
+            "name": self.config.name,
+            "source": source_name(self.config),
+            "progress": self.progress,
             "started_ms": int(self.started * 1000),
-            "ended_ms": int(ended * 1000),
+            "ended_ms": int(time.time() * 1000),
             "git_revision": git_revision(self.config.folder),
             "config": self.config.redacted(),
         }
 
-    def public(self) -> dict[str, Any]:
-        """The document that `shoal embed --json` prints."""
-        hidden = ("config", "started_ms", "ended_ms", "git_revision", "progress", "name", "source")
-        return {key: value for key, value in self.record().items() if key not in hidden}
-
     def lines(self) -> list[str]:
         """The summary for people."""
-        record = self.record()
+        record = self.public()
         rows, chunks = record["rows"], record["chunks"]
         if self.status == "unchanged":
             return [f"nothing to do: {rows['source']:,} rows unchanged in {self.table} (version {self.version})"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from shoal.conf.fingerprint import digest
@@ -23,7 +24,7 @@ def send(record: dict[str, Any], tracking: TrackingConfig) -> str:
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=tracking.uri)
-    experiment = _experiment(client, tracking.experiment or record["name"])
+    experiment = _experiment(client, tracking.experiment or record["name"], tracking)
     run_id = record["run_id"]
     known = client.search_runs([experiment], filter_string=f"tags.`{RUN_ID_TAG}` = '{run_id}'", max_results=1)
     run = (
@@ -45,9 +46,16 @@ def send(record: dict[str, Any], tracking: TrackingConfig) -> str:
     return mlflow_id
 
 
-def _experiment(client: Any, name: str) -> str:
+def _experiment(client: Any, name: str, tracking: TrackingConfig) -> str:
     found = client.get_experiment_by_name(name)
-    return found.experiment_id if found else client.create_experiment(name)
+    if found:
+        return found.experiment_id
+    # MLflow would put the artifacts of a local database into the working directory, whatever that is tonight.
+    database = (
+        tracking.uri.removeprefix("sqlite:///").partition("?")[0] if tracking.uri.startswith("sqlite:///") else None
+    )
+    place = (Path(database).parent / "mlruns" / name).absolute().as_uri() if database else None
+    return client.create_experiment(name, artifact_location=place)
 
 
 def _tags(record: dict[str, Any], tracking: TrackingConfig) -> dict[str, str]:

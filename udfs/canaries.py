@@ -71,8 +71,8 @@ class Canaries:
             raise WorkerError(
                 f"encoder {self.fingerprint} has moved on {platform.node()}: canary {worst} "
                 f"({canary_texts()[worst][:40]!r}) has cosine {cosines_C[worst]:.7f} with its first vector, below "
-                f"{limit:.7f} ({versions}); go back to the libraries and weights that made the table, or encode it "
-                "anew with --full-refresh"
+                f"{limit:.7f} ({versions}); go back to the libraries and weights that made the table, or "
+                "publish to a new destination"
             )
         return cosines_C
 

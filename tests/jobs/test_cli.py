@@ -133,7 +133,7 @@ def test_a_tables_whole_life_by_the_command(
     assert "rows: 5 new" in told
     assert planned["rows"] == first["rows"]
     assert planned["tokens"] == first["tokens"] == 8
-    assert planned["chunks"]["to_encode"] == first["chunks"]["encoded"] == 4
+    assert planned["chunks"]["encoded"] == first["chunks"]["encoded"] == 4
     assert planned["errors"] == first["errors"] == {"null_text": 1}
 
     code, second, _ = shoal("embed", run)

@@ -43,7 +43,7 @@ def test_a_plan_of_a_night_says_what_the_run_then_does_and_writes_nothing(
     assert planned["chunks"]["planned"] == ran["chunks"]["planned"]
     assert planned["chunks"]["distinct"] == ran["chunks"]["distinct"]
     assert planned["chunks"]["reused"] == ran["chunks"]["reused"]
-    assert planned["chunks"]["to_encode"] == ran["chunks"]["encoded"] > 0
+    assert planned["chunks"]["encoded"] == ran["chunks"]["encoded"] > 0
     assert planned["errors"] == ran["errors"] == {"blank_text": 1}
     assert planned["tokens"] == ran["tokens"] > 0
     assert planned["fingerprint"] == ran["fingerprint"]
@@ -54,7 +54,7 @@ def test_a_plan_of_a_night_says_what_the_run_then_does_and_writes_nothing(
     json.dumps(planned)
 
     after = plan(spark, config)
-    assert after["chunks"]["to_encode"] == after["tokens"] == 0
+    assert after["chunks"]["encoded"] == after["tokens"] == 0
     assert after["estimate"] == {"seconds": 0.0, "price": 0.0}
 
 
