@@ -23,7 +23,7 @@ from shoal.jobs import audit
 from shoal.jobs.bookkeeping import Bookkeeper, drop_work
 from shoal.jobs.canary_store import Probe, load_probe, save_probe
 from shoal.jobs.encode_stage import encode_waves
-from shoal.jobs.estimate import estimate, warn_truncated
+from shoal.jobs.estimate import estimate, warnings_of
 from shoal.jobs.filesystem import FileSystem, join
 from shoal.jobs.gate import check_gate
 from shoal.jobs.have import Have, find_have
@@ -41,7 +41,15 @@ from shoal.jobs.prepare import (
     worker_error,
 )
 from shoal.jobs.progress import shown_progress
-from shoal.jobs.publish import Target, assemble, new_table_id, publish_merge, publish_replace, published_columns
+from shoal.jobs.publish import (
+    Target,
+    apply_settings,
+    assemble,
+    new_table_id,
+    publish_merge,
+    publish_replace,
+    published_columns,
+)
 from shoal.jobs.published import Published, State, is_head, read_published
 from shoal.jobs.report import Report
 from shoal.jobs.session import slots
@@ -152,6 +160,11 @@ class _Run:
             if source.version is not None:
                 source = read_source(self.spark, self.config.source, self.config.chunk, limit=self.limit)
             self.books.recover(published, self.config.tracking)
+            if published is not None and self.limit is None:
+                changed = apply_settings(self.spark, published, self.config.destination)
+                if changed:
+                    self.hooks.say(f"table properties set: {', '.join(changed)}")
+                    published = read_published(self.spark, self.ref)
             drop_work(self.files, self.ref)
             self.hooks.step("recovered")
         try:
@@ -249,8 +262,7 @@ class _Run:
         found = estimate(chunks.todo, chunks.num_todo, spec, rate=rate, price_per_hour=config.encode.price_per_hour)
         report.estimate = {"seconds": found.seconds, "price": found.price}
         audit.check_cost(config.limits.max_cost, found.price)
-        warning = warn_truncated(spec, found, chunked=config.chunk is not None)
-        if warning:
+        for warning in warnings_of(spec, found, config.chunk):
             report.warnings.append(warning)
             self.hooks.say(f"warning: {warning}")
         return chunks, have

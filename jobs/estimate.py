@@ -7,6 +7,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from tokenizers import Tokenizer
 
+from shoal.conf.run import ChunkConfig
 from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.hash_encoder import cut_words
 from shoal.udfs.tokenizing import WindowTokenizer
@@ -51,9 +52,26 @@ def count_tokens(spec: EncoderSpec, texts: list[str]) -> tuple[int, int]:
     return int(counted.n_tokens_N.sum()), int(counted.truncated_N.sum())
 
 
-def warn_truncated(spec: EncoderSpec, found: Estimate, *, chunked: bool) -> str | None:
+def warnings_of(spec: EncoderSpec, found: Estimate, chunk: ChunkConfig | None) -> list[str]:
+    """What the run file lets the encoder overlook."""
+    warning = warn_truncated(spec, found) if chunk is None else warn_chunks(spec, chunk.tokens)
+    return [warning] if warning else []
+
+
+def warn_chunks(spec: EncoderSpec, chunk_tokens: int) -> str | None:
+    """A warning when a full chunk, with the encoder's special tokens and prompt, is more than the encoder sees."""
+    room = spec.max_tokens - count_tokens(spec, [""])[0]
+    if chunk_tokens <= room:
+        return None
+    return (
+        f"chunk.tokens is {chunk_tokens} and {spec.reference} sees {spec.max_tokens} tokens of a chunk, prompt and "
+        f"special tokens included, so that full chunks lose their end; set chunk.tokens to {max(1, room)} or less"
+    )
+
+
+def warn_truncated(spec: EncoderSpec, found: Estimate) -> str | None:
     """A warning when many contents are longer than the encoder sees and the run file does not chunk."""
-    if chunked or found.truncated_share <= MANY_TRUNCATED:
+    if found.truncated_share <= MANY_TRUNCATED:
         return None
     tokens = max(1, spec.max_tokens - 2)
     return (

@@ -10,7 +10,7 @@ from pyspark.sql import DataFrame, SparkSession
 from shoal.conf.run import RunConfig
 from shoal.jobs.bookkeeping import Bookkeeper
 from shoal.jobs.canary_store import load_probe
-from shoal.jobs.estimate import estimate, warn_truncated
+from shoal.jobs.estimate import estimate, warnings_of
 from shoal.jobs.have import find_have
 from shoal.jobs.layout import table_of
 from shoal.jobs.planner import Waves, plan_chunks, plan_rows
@@ -63,7 +63,6 @@ def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) 
     finally:
         for table in kept:
             table.unpersist()
-    warning = warn_truncated(spec, found, chunked=config.chunk is not None)
     return {
         "table": str(ref),
         "fingerprint": spec.fingerprint,
@@ -83,7 +82,7 @@ def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) 
         "tokens": found.tokens,
         "estimate": {"seconds": found.seconds, "price": found.price},
         "publish": f"write the table anew: {replace}" if replace else "one MERGE",
-        "warnings": [warning] if warning else [],
+        "warnings": warnings_of(spec, found, config.chunk),
     }
 
 

@@ -169,8 +169,6 @@ def publish_replace(
 
 def table_properties(target: Target, rows: RowPlan, spec: EncoderSpec, encoder: dict) -> dict[str, str]:
     """Everything that the table says of itself; the user's own properties first, so that ours stand."""
-    settings = target.settings
-    hours = max(1, int(settings.retain.total_seconds() // 3600))
     kept = dict(target.before.properties) if target.before else {}
     ours = {
         FORMAT_PROPERTY: str(FORMAT),
@@ -179,18 +177,41 @@ def table_properties(target: Target, rows: RowPlan, spec: EncoderSpec, encoder: 
         ENCODER_PROPERTY: json.dumps(encoder, sort_keys=True),
         KEYS_PROPERTY: json.dumps(list(rows.keys)),
         METADATA_PROPERTY: json.dumps(list(rows.metadata)),
-        **({SIDECAR_PROPERTY: settings.sidecar} if settings.sidecar else {}),
-        "delta.enableDeletionVectors": str(settings.deletion_vectors).lower(),
-        "delta.enableChangeDataFeed": str(settings.change_feed).lower(),
-        "delta.deletedFileRetentionDuration": f"interval {hours} hours",
-        "delta.logRetentionDuration": f"interval {hours} hours",
+        **({SIDECAR_PROPERTY: target.settings.sidecar} if target.settings.sidecar else {}),
         "delta.constraints.shoal_dim": f"embedding IS NULL OR size(embedding) = {spec.dim}",
         "delta.constraints.shoal_accounted": "(embedding IS NULL) <> (error IS NULL)",
     }
     stats = _statistics_columns(rows)
     if stats:
         ours["delta.dataSkippingStatsColumns"] = stats
-    return kept | ours | dict(settings.properties)
+    return kept | ours | settable_properties(target.settings)
+
+
+def settable_properties(settings: DestinationConfig) -> dict[str, str]:
+    """What the run file says of the table itself and may change from one night to the next."""
+    hours = max(1, int(settings.retain.total_seconds() // 3600))
+    return {
+        "delta.enableDeletionVectors": str(settings.deletion_vectors).lower(),
+        "delta.enableChangeDataFeed": str(settings.change_feed).lower(),
+        "delta.deletedFileRetentionDuration": f"interval {hours} hours",
+        "delta.logRetentionDuration": f"interval {hours} hours",
+        **settings.properties,
+    }
+
+
+def apply_settings(spark: SparkSession, published: Published, settings: DestinationConfig) -> list[str]:
+    """Sets the properties that the run file has changed since the last run, in a commit of their own; their names."""
+    wanted = settable_properties(settings)
+    changed = {name: value for name, value in wanted.items() if published.properties.get(name) != value}
+    if changed:
+        listed = ", ".join(f"{_literal(name)} = {_literal(value)}" for name, value in sorted(changed.items()))
+        spark.sql(f"ALTER TABLE {published.ref.sql} SET TBLPROPERTIES ({listed})")
+    return sorted(changed)
+
+
+def _literal(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def published_columns(source: SourceRows, *, store_text: bool) -> dict[str, str]:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import LimitError
+from shoal.conf.errors import LimitError, RefusedError
 from shoal.conf.loader import load_run
 from shoal.jobs.embed import embed
 from shoal.udfs.hash_encoder import hash_vectors
@@ -104,8 +104,8 @@ SNAPSHOTS = st.dictionaries(
 
 
 @pytest.mark.slow
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
-@given(history=st.lists(SNAPSHOTS, min_size=2, max_size=4))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@given(history=st.lists(SNAPSHOTS, min_size=2, max_size=3))
 def test_after_every_night_of_any_history_the_table_equals_a_rebuild_from_scratch(
     spark: SparkSession,
     tmp_path_factory: pytest.TempPathFactory,
@@ -185,3 +185,30 @@ def test_a_gate_that_search_does_not_pass_stops_the_publication(
     write_rows(rows_of("one fish", "blue fish", "two fish"))
     record = embed(spark, load_run(run_file(gate=gate))).record()
     assert record["ndcg"] == 1.0
+
+
+def test_table_settings_that_change_later_take_effect_and_other_key_columns_are_refused(
+    spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_rows(rows_of("one fish", "two fish"))
+    embed(spark, load_run(run_file()))
+    destination = {"path": "out/docs", "retain": "3d", "deletion_vectors": False, "properties": {"team": "fish's"}}
+
+    record = embed(spark, load_run(run_file(destination=destination))).record()
+    again = embed(spark, load_run(run_file(destination=destination))).record()
+
+    assert (record["status"], record["version"], again["version"]) == ("unchanged", 1, 1)
+    properties = spark.sql(f"DESCRIBE DETAIL delta.`{tmp_path}/out/docs`").collect()[0]["properties"]
+    assert properties["delta.deletedFileRetentionDuration"] == "interval 72 hours"
+    assert properties["delta.enableDeletionVectors"] == "false"
+    assert properties["team"] == "fish's"
+
+    source = {
+        "format": "json",
+        "path": "corpus.jsonl",
+        "key": "body",
+        "text": "body",
+        "schema": "id STRING, body STRING",
+    }
+    with pytest.raises(RefusedError, match=r"source.key: .* \['id'\] .* \['body'\]"):
+        embed(spark, load_run(run_file(source=source, destination=destination)))

@@ -1,11 +1,13 @@
 """Tokens, time and price of what a plan would encode."""
 
+from dataclasses import replace
+
 import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from shoal.conf.run import EncoderConfig
-from shoal.jobs.estimate import MANY_TRUNCATED, SAMPLE, Estimate, count_tokens, estimate, warn_truncated
+from shoal.jobs.estimate import MANY_TRUNCATED, SAMPLE, Estimate, count_tokens, estimate, warn_chunks, warn_truncated
 from shoal.udfs.hash_encoder import describe_hash
 
 SPEC = describe_hash(EncoderConfig(model="hash:8", max_tokens=4))
@@ -45,12 +47,11 @@ def test_many_texts_beyond_the_encoder_are_a_warning_unless_the_run_chunks() -> 
     many = Estimate(10, MANY_TRUNCATED + 0.15, None, None)
     few = Estimate(10, MANY_TRUNCATED, None, None)
 
-    told = warn_truncated(SPEC, many, chunked=False)
+    told = warn_truncated(SPEC, many)
     assert told is not None
     assert told.startswith("about 20% of the texts are longer than the 4 tokens that hash:8 sees")
     assert "chunk: {tokens: 2," in told
-    assert warn_truncated(SPEC, many, chunked=True) is None
-    assert warn_truncated(SPEC, few, chunked=False) is None
+    assert warn_truncated(SPEC, few) is None
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 32, 512])
@@ -62,9 +63,17 @@ def test_the_chunk_setting_that_a_warning_suggests_is_one_that_is_accepted(max_t
     from shoal.conf.run import ChunkConfig
 
     spec = describe_hash(EncoderConfig(model="hash:8", max_tokens=max_tokens))
-    told = warn_truncated(spec, Estimate(10, 1.0, None, None), chunked=False) or ""
+    told = warn_truncated(spec, Estimate(10, 1.0, None, None)) or ""
     found = re.search(r"`chunk: (\{.*\})`", told)
 
     assert found
     chunk = ChunkConfig.model_validate(yaml.safe_load(found[1]))
     assert chunk.tokens <= max_tokens
+
+
+def test_chunks_that_the_encoder_would_cut_are_warned_of_and_others_not() -> None:
+    spec = replace(SPEC, max_tokens=16, document_prompt="two words ")
+    told = warn_chunks(spec, 16) or ""
+    assert "chunk.tokens is 16" in told
+    assert told.endswith("set chunk.tokens to 14 or less")
+    assert warn_chunks(spec, 14) is None
