@@ -41,6 +41,9 @@ from shoal.conf.values import (
     parse_limit,
 )
 
+MIN_MASKED = 4
+"""Shorter values from the environment are no secrets, and would mask half of every message."""
+
 SettingPath = tuple[str | int, ...]
 FILE_FORMATS = ("delta", "parquet", "json", "csv", "text")
 
@@ -661,6 +664,17 @@ class RunConfig(Section):
                 problems.append(SettingProblem((("source", name), ("destination", name)), advice))
         _raise_all(problems)
         return self
+
+    def mask(self, text: str) -> str:
+        """The text with every value that came from the environment, and credentials in addresses, as `***`."""
+        for path in self._hidden:
+            value: Any = self
+            for part in path:
+                value = value[part] if isinstance(value, dict | list | tuple) else getattr(value, str(part), None)
+            for secret in (str(value), repr(value)):
+                if value is not None and len(str(value)) >= MIN_MASKED:
+                    text = text.replace(secret, MASK)
+        return scrub(text, pairs=True)
 
     @property
     def folder(self) -> Path:

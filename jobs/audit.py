@@ -10,7 +10,7 @@ from shoal.conf.run import LimitsConfig
 from shoal.conf.values import Limit
 from shoal.jobs.have import Have
 from shoal.jobs.layout import TableRef
-from shoal.jobs.planner import ChunkPlan, RowCounts, RowPlan
+from shoal.jobs.planner import RETRIED, ChunkPlan, RowCounts, RowPlan
 from shoal.jobs.staging import staged_errors, staged_rows
 
 MIN_CONTENTS = 100
@@ -27,6 +27,10 @@ class Account:
     encoded: int
     tokens: int
     errors: dict[str, int] = field(default_factory=dict)
+    num_retried: int = 0
+    """Errors of rows whose text is as published: this run only tried again, and has not made them."""
+    num_doubled: int = 0
+    """Planned chunks whose content was staged twice, by a run that lost its lease in the middle of a wave."""
 
 
 def reconcile(
@@ -41,9 +45,10 @@ def reconcile(
 ) -> Account:
     """Accounts for every planned chunk from the hash columns alone.
 
-    Raises InternalError when one chunk has neither a vector nor a reason, or when staging holds one vector twice.
+    Raises InternalError when one chunk has neither a vector nor a reason. Of a vector that is staged twice the first is
+    published; the account says how many there were.
     """
-    planned = rows.published.select("row_hash").join(
+    planned = rows.published.select("row_hash", RETRIED).join(
         chunks.chunks.select("row_hash", "content_hash", "error"), on="row_hash", how="inner"
     )
     needed = chunks.contents()
@@ -63,30 +68,35 @@ def reconcile(
         F.count(F.lit(1)).alias("n"),
         F.count_if(has_vector & F.col("__cut")).alias("cut"),
         F.count_if(F.col("__staged") > 1).alias("doubled"),
+        F.count_if(F.col(RETRIED)).alias("retried"),
     )
-    embedded = truncated = lost = doubled = 0
+    embedded = truncated = lost = doubled = again = 0
     errors: dict[str, int] = {}
     for row in counts.collect():
         doubled += row["doubled"]
         if row["reason"] is not None:
             errors[row["reason"]] = errors.get(row["reason"], 0) + row["n"]
+            again += row["retried"]
         elif row["has"]:
             embedded, truncated = row["n"], row["cut"]
         else:
             lost = row["n"]
     total = embedded + lost + sum(errors.values())
-    if lost or doubled or total != chunks.planned:
+    if lost or total != chunks.planned:
         raise InternalError(
             f"run {run_id}: {chunks.planned} chunks were planned, {embedded} have a vector, {sum(errors.values())} a "
-            f"reason, {lost} neither, and {doubled} have two vectors in staging ({ref.staging}); nothing was "
-            "published. "
-            f"Please report this; `shoal embed` again plans from scratch"
+            f"reason, and {lost} neither; nothing was published. Please report this; `shoal embed` again plans from "
+            f"scratch"
         )
+    encoded, tokens = count_encoded(spark, ref, fingerprint, run_id)
+    return Account(chunks.planned, embedded, truncated, encoded, tokens, dict(sorted(errors.items())), again, doubled)
+
+
+def count_encoded(spark: SparkSession, ref: TableRef, fingerprint: str, run_id: str) -> tuple[int, int]:
+    """Contents that executors encoded for a run and have staged, and their tokens."""
     mine = staged_rows(spark, ref, fingerprint).where(F.col("run_id") == run_id)
     sums = mine.agg(F.count(F.lit(1)).alias("n"), F.coalesce(F.sum("n_tokens"), F.lit(0)).alias("tokens")).collect()[0]
-    return Account(
-        chunks.planned, embedded, truncated, int(sums["n"]), int(sums["tokens"]), dict(sorted(errors.items()))
-    )
+    return int(sums["n"]), int(sums["tokens"])
 
 
 def check_rows(limits: LimitsConfig, counts: RowCounts) -> None:
@@ -94,27 +104,26 @@ def check_rows(limits: LimitsConfig, counts: RowCounts) -> None:
     if counts.source < limits.min_rows:
         raise LimitError(
             f"limits.min_rows is {limits.min_rows} and the source has {counts.source} rows; nothing was "
-            "published. If the "
-            f"source is right, lower limits.min_rows"
+            f"published. If the source is right, lower limits.min_rows"
         )
     num_published = counts.unchanged + counts.changed + counts.metadata_only + counts.deleted
     if counts.deleted and limits.max_deleted.exceeded(counts.deleted, num_published):
         raise LimitError(
             f"limits.max_deleted is {limits.max_deleted} and {counts.deleted} of the {num_published} published "
-            "rows are "
-            f"no longer in the source; nothing was published. If the source is right, run once with --set "
+            f"rows are no longer in the source; nothing was published. If the source is right, run once with --set "
             f"limits.max_deleted=100%"
         )
 
 
 def check_errors(limit: Limit, account: Account) -> None:
-    """LimitError when too many of the planned chunks have a reason instead of a vector."""
-    count = sum(account.errors.values())
-    if count and limit.exceeded(count, account.planned):
+    """LimitError when too many of the planned chunks have a reason instead of a vector; retried ones do not count."""
+    count = sum(account.errors.values()) - account.num_retried
+    whole = account.planned - account.num_retried
+    if count > 0 and limit.exceeded(count, whole):
         shown = ", ".join(f"{reason}: {number}" for reason, number in account.errors.items())
         raise LimitError(
-            f"limits.max_errors is {limit} and {count} of {account.planned} planned chunks have no vector ({shown}); "
-            f"nothing was published, the good vectors wait in staging. Mend the source, or raise limits.max_errors"
+            f"limits.max_errors is {limit} and {count} of {whole} planned chunks have no vector ({shown}); nothing was "
+            f"published, the good vectors wait in staging. Mend the source, or raise limits.max_errors"
         )
 
 
@@ -129,8 +138,7 @@ def check_vectors(spark: SparkSession, ref: TableRef, *, fingerprint: str, run_i
     if row["n"] >= MIN_CONTENTS and row["most"] > COLLAPSED_SHARE * row["n"]:
         raise LimitError(
             f"encoder: {row['most']} of {row['n']} different texts got one and the same vector; nothing was "
-            "published. The "
-            f"checkpoint or its pooling is broken: compare it with the model's own figures before you use it"
+            f"published. The checkpoint or its pooling is broken: compare it with the model's own figures"
         )
 
 
@@ -139,6 +147,5 @@ def check_cost(max_cost: float | None, price: float | None) -> None:
     if max_cost is not None and price is not None and price > max_cost:
         raise LimitError(
             f"limits.max_cost is {max_cost:g} and this run would cost about {price:.2f}; nothing was encoded. "
-            "Raise the "
-            f"limit, or see `shoal plan` for what is new"
+            f"Raise the limit, or see `shoal plan` for what is new"
         )

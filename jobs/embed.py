@@ -6,6 +6,7 @@ A run can be killed between any two of them: before the commit readers see the o
 what is staged; after it the next run finishes the bookkeeping.
 """
 
+import contextlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -83,7 +84,7 @@ def embed(
     run on
     so many rows and publishes to a scratch table beside the destination, made anew.
     """
-    hooks = hooks or Hooks()
+    hooks = masked(hooks or Hooks(), config)
     run_id = new_run_id()
     ref = table_of(spark, config.destination)
     files = FileSystem(spark, ref.sidecar)
@@ -109,14 +110,26 @@ def embed(
         hooks.step("lease released")
     except (PySparkException, Py4JJavaError) as error:
         failure = worker_error(error)
-        report.status, report.error = failure.status, str(failure)
-        failure.report = report  # type: ignore[attr-defined]
-        raise failure from error
-    except ShoalError as error:
-        report.status, report.error = error.status, str(error)
-        error.report = report  # type: ignore[attr-defined]
-        raise
+        raise _reported(failure, report) from error
+    except BaseException as error:
+        raise _reported(error, report) from None
     return report
+
+
+def _reported(error: BaseException, report: Report) -> BaseException:
+    """The error with the report attached, and with what came from the environment masked in both."""
+    assert report.config is not None  # noqa: S101 - embed made it with one
+    told = report.config.mask(str(error) or type(error).__name__)
+    report.status, report.error = getattr(error, "status", "failed"), told
+    if isinstance(error, ShoalError):
+        error.args = (told,)
+    error.report = report  # type: ignore[attr-defined]
+    return error
+
+
+def masked(hooks: Hooks, config: RunConfig) -> Hooks:
+    """The hooks, with what came from the environment masked in everything that is said."""
+    return replace(hooks, say=lambda line: hooks.say(config.mask(line)))
 
 
 def new_run_id() -> str:
@@ -211,6 +224,10 @@ class _Run:
             report.account = audit.reconcile(
                 self.spark, self.ref, rows, chunks, have, fingerprint=encoding.spec.fingerprint, run_id=report.run_id
             )
+            if report.account.num_doubled:
+                self._warn(
+                    f"{report.account.num_doubled} chunks were staged twice; the first vector of each is published"
+                )
             audit.check_errors(self.config.limits.max_errors, report.account)
             audit.check_vectors(self.spark, self.ref, fingerprint=encoding.spec.fingerprint, run_id=report.run_id)
             content = self._content(encoding, rows, chunks, have)
@@ -263,9 +280,12 @@ class _Run:
         report.estimate = {"seconds": found.seconds, "price": found.price}
         audit.check_cost(config.limits.max_cost, found.price)
         for warning in warnings_of(spec, found, config.chunk):
-            report.warnings.append(warning)
-            self.hooks.say(f"warning: {warning}")
+            self._warn(warning)
         return chunks, have
+
+    def _warn(self, warning: str) -> None:
+        self.report.warnings.append(warning)
+        self.hooks.say(f"warning: {warning}")
 
     def _keep(self, name: str, table: DataFrame, *, partition_by: str | None = None) -> DataFrame:
         """Work tables lie below the run's own folder: a dead run's are dropped by name, without reading them."""
@@ -293,7 +313,10 @@ class _Run:
             f"{chunks.num_waves} waves"
         )
         host = self.spark.conf.get("spark.driver.host") or "127.0.0.1"
-        with ProgressReceiver(report.run_id, host=host) as receiver:
+        # Workers send to the address that the driver advertises; it need not be one that this host can bind.
+        with ProgressReceiver(
+            report.run_id, host=self.spark.conf.get("spark.driver.bindAddress", host) or host
+        ) as receiver:
             num_done = chunks.distinct - chunks.num_todo
             with shown_progress(
                 receiver, chunks.num_todo, num_done, report.started, self.hooks.console, self.hooks.say
@@ -343,7 +366,8 @@ class _Run:
         except BaseException:
             report.status = "failed"
             raise
-        report.bytes_written = bytes_of(self.spark, self.ref, report.version)
+        with contextlib.suppress(PySparkException, Py4JJavaError):
+            report.bytes_written = bytes_of(self.spark, self.ref, report.version)
 
     def _unchanged(self, published: Published | None) -> None:
         report = self.report
@@ -354,6 +378,7 @@ class _Run:
         self.hooks.step("recorded")
         report.mlflow_run = self.books.send_pending(self.config.tracking).get(report.run_id)
         # A run that died after its commit has left behind what it staged, and all of it is published.
+        self.lease.check()
         trim_staging(self.spark, self.ref, report.fingerprint or "")
 
     def _write_down(self, fingerprint: str) -> None:
@@ -364,16 +389,21 @@ class _Run:
             self.hooks.step("recorded")
             report.mlflow_run = self.books.send_pending(self.config.tracking).get(report.run_id)
             self.hooks.step("tracked")
+            # Whoever took the lease over may have staged vectors of this encoder, and needs them.
+            self.lease.check()
             trim_staging(self.spark, self.ref, fingerprint)
             self.hooks.step("trimmed")
-        except (PySparkException, Py4JJavaError) as error:
-            report.warnings.append(f"version {report.version} is published, its bookkeeping is not done: {error}")
-            self.hooks.say(report.warnings[-1])
+        except (ShoalError, PySparkException, Py4JJavaError) as error:
+            self._warn(f"version {report.version} is published, its bookkeeping is left to the next run: {error}")
 
     def _write_down_failure(self, error: ShoalError) -> None:
-        self.report.status, self.report.error = error.status, str(error)
+        self.report.status, self.report.error = error.status, self.config.mask(str(error))
         try:
             self.lease.check()
+            if self.report.account is None and self.report.fingerprint:
+                self.report.encoded, self.report.tokens = audit.count_encoded(
+                    self.spark, self.ref, self.report.fingerprint, self.report.run_id
+                )
             self.books.write(self.report.record())
             self.report.mlflow_run = self.books.send_pending(self.config.tracking).get(self.report.run_id)
         except (ShoalError, PySparkException, Py4JJavaError) as second:

@@ -46,6 +46,7 @@ class FileSystem:
     def __init__(self, spark: SparkSession, root: str) -> None:
         self._jvm: Any = spark._jvm
         self._fs = self._path(root).getFileSystem(spark._jsc.hadoopConfiguration())
+        self._is_local = self._fs.getScheme() == "file"
 
     def exists(self, path: str) -> bool:
         return bool(self._fs.exists(self._path(path)))
@@ -67,7 +68,7 @@ class FileSystem:
 
     def read(self, path: str) -> str | None:
         """The text of a small file, None when it is absent."""
-        local = local_path(path)
+        local = self._local(path)
         if local is not None:
             try:
                 return local.read_text()
@@ -86,7 +87,7 @@ class FileSystem:
 
     def create(self, path: str, text: str) -> bool:
         """Writes a new file; False when it exists already. Atomic on local disks and HDFS."""
-        local = local_path(path)
+        local = self._local(path)
         if local is None:
             return self._write(path, text, overwrite=False)
         local.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ class FileSystem:
 
     def replace(self, path: str, text: str) -> None:
         """Overwrites a small file; on a local disk readers see the old or the new text, never a part."""
-        local = local_path(path)
+        local = self._local(path)
         if local is None:
             self._write(path, text, overwrite=True)
             return
@@ -110,7 +111,7 @@ class FileSystem:
 
     def move(self, old: str, new: str) -> bool:
         """Renames a file; False when it is gone, so that of two who try only one succeeds."""
-        local = local_path(old)
+        local = self._local(old)
         if local is None:
             try:
                 return bool(self._fs.rename(self._path(old), self._path(new)))
@@ -119,7 +120,7 @@ class FileSystem:
                     return False
                 raise
         try:
-            os.rename(local, local_path(new) or new)  # noqa: PTH104
+            os.rename(local, self._local(new) or new)  # noqa: PTH104
         except FileNotFoundError:
             return False
         return True
@@ -147,6 +148,10 @@ class FileSystem:
         stream.write(bytearray(text, "utf-8"))
         stream.close()
         return True
+
+    def _local(self, path: str) -> Path | None:
+        """A path without a scheme is local only where Hadoop's default file system is."""
+        return local_path(path) if self._is_local else None
 
     def _path(self, path: str) -> Any:
         return self._jvm.org.apache.hadoop.fs.Path(path)

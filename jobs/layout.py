@@ -57,7 +57,7 @@ class TableRef:
         reader = spark.read.format("delta")
         if version is not None:
             reader = reader.option("versionAsOf", version)
-        return reader.load(self.path) if self.path else reader.table(self.name or "")
+        return reader.load(self.path) if self.path else reader.table(self.sql)
 
 
 def table_of(spark: SparkSession, destination: DestinationConfig) -> TableRef:
@@ -84,7 +84,7 @@ def read_delta(spark: SparkSession, path: str) -> DataFrame:
 
 def _is_catalog_table(spark: SparkSession, name: str) -> bool:
     try:
-        return bool(spark.catalog.tableExists(name))
+        return bool(spark.catalog.tableExists(".".join(quoted(part) for part in name.split("."))))
     except AnalysisException:
         return False
 

@@ -38,6 +38,8 @@ class Lease:
 
     def __post_init__(self) -> None:
         self._stop = threading.Event()
+        # Away from local disks a rewrite is not atomic: a look in the middle of it would see no lease at all.
+        self._file = threading.Lock()
         self._lost: str | None = None
         self._thread = threading.Thread(target=self._beat, name="shoal-lease", daemon=True)
         self._thread.start()
@@ -62,6 +64,10 @@ class Lease:
             self.files.delete(self.path)
 
     def _look(self) -> None:
+        with self._file:
+            self._read()
+
+    def _read(self) -> None:
         held = _parse(self.files.read(self.path))
         if held.get("run_id") != self.body["run_id"]:
             self._lost = str(held.get("run_id", "unknown"))
@@ -70,8 +76,8 @@ class Lease:
         while not self._stop.wait(self.heartbeat_seconds):
             # A full disk or a store that does not answer is no reason to stop: the counter then stands still, and
             # whoever takes over makes this run lose at its next check.
-            with contextlib.suppress(OSError, Py4JJavaError):
-                self._look()
+            with contextlib.suppress(OSError, Py4JJavaError), self._file:
+                self._read()
                 if self._lost is not None:
                     return
                 self.body["heartbeat"] += 1

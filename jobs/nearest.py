@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql import DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
@@ -44,7 +44,7 @@ def encode_queries(spark: SparkSession, spec: EncoderSpec, texts: Sequence[str])
 def nearest(rows: DataFrame, by: Sequence[str], queries_QD: np.ndarray, k: int) -> list[list[Row]]:
     """For each query its k best rows, best first: the columns `by`, which also decide ties, and SCORE.
 
-    `rows` has these columns and `embedding`; one pass over it, and num_partitions * Q * k rows to the driver.
+    `rows` has these columns and `embedding`; one pass over it, and Q * k rows to the driver.
     """
     # mapInArrow takes a dot in a column's name for a field of a struct, and a key may be called `query`.
     short = [f"by_{index}" for index in range(len(by))]
@@ -56,12 +56,12 @@ def nearest(rows: DataFrame, by: Sequence[str], queries_QD: np.ndarray, k: int) 
     find = make_topk(queries_QD, k, short, pa.schema(to_arrow_schema(carried)))
     try:
         best = located.mapInArrow(find, ddl)
-        found = best.orderBy("query", F.desc("score"), *short).collect()
+        nth = F.row_number().over(Window.partitionBy("query").orderBy(F.desc("score"), *short))
+        found = best.withColumn("nth", nth).where(F.col("nth") <= k).orderBy("query", "nth").drop("nth").collect()
     except (PySparkException, Py4JJavaError) as error:
         raise worker_error(error) from error
     hit = Row(*by, SCORE)
     answers: list[list[Row]] = [[] for _ in queries_QD]
     for row in found:
-        if len(answers[row["query"]]) < k:
-            answers[row["query"]].append(hit(*row[2:], row["score"]))
+        answers[row["query"]].append(hit(*row[2:], row["score"]))
     return answers

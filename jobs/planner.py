@@ -26,7 +26,7 @@ from shoal.udfs import reasons
 from shoal.udfs.chunk_udf import make_chunk
 from shoal.udfs.schema import CHUNK_OUTPUT_DDL
 
-ACTION = "__action"
+ACTION, RETRIED = "__action", "__retried"
 NEW, CHANGED, METADATA_ONLY, DELETED, UNCHANGED = "new", "changed", "metadata_only", "deleted", "unchanged"
 DUPLICATE, NULL_KEY = "duplicate key", "NULL key"
 
@@ -36,6 +36,17 @@ class Keep(Protocol):
 
     def __call__(self, name: str, table: DataFrame, *, partition_by: str | None = None) -> DataFrame: ...
 
+
+# What Spark says when the data is at fault, and not the cluster or the hour.
+BAD_DATA = (
+    "No space left",
+    "MALFORMED",
+    "FAILED_READ_FILE",
+    "BadRecordException",
+    "CAST_INVALID_INPUT",
+    "FileNotFoundException",
+    "DIVIDE_BY_ZERO",
+)
 
 # Each wave is a partition of `todo` and a commit to staging: past this many, waves grow instead.
 MAX_WAVES = 1000
@@ -143,22 +154,23 @@ def plan_rows(
         .otherwise(UNCHANGED)
     )
     seen = Observation("rows")
-    marked = joined.withColumn(ACTION, action).withColumn(
-        "__retried", (F.col("row_hash") == F.col("__was_row")) & F.coalesce("__retry", F.lit(False))
-    )
+    retried = (F.col("row_hash") == F.col("__was_row")) & F.col("__retry") & (action == CHANGED)
+    marked = joined.withColumns({ACTION: action, RETRIED: F.coalesce(retried, F.lit(False))})
     watched = marked.observe(
         seen,
         *[F.count_if(F.col(ACTION) == name).alias(name.replace(" ", "_")) for name in _ACTIONS],
-        F.count_if(F.col("__retried") & (F.col(ACTION) == CHANGED)).alias("retried"),
+        F.count_if(F.col(RETRIED)).alias("retried"),
     )
     concerned = watched if replace else watched.where(F.col(ACTION) != UNCHANGED)
     columns = [quoted(key) for key in keys] + [ROW_TEXT, "row_hash", "meta_hash"]
-    columns += [quoted(name) for name in source.metadata] + [ACTION]
+    columns += [quoted(name) for name in source.metadata] + [ACTION, RETRIED]
     try:
         kept = keep("rows", concerned.select(*columns))
         found = seen.get
     except (PySparkException, Py4JJavaError) as error:
-        raise full_disk(error) or _unreadable(settings, error) from error
+        if any(sign in str(error) for sign in BAD_DATA):
+            raise full_disk(error) or _unreadable(settings, error) from error
+        raise
     if found["NULL_key"] or found["duplicate_key"]:
         raise _bad_keys(kept, keys, found["NULL_key"], found["duplicate_key"])
     counts = {name: int(found[name]) for name in (NEW, CHANGED, METADATA_ONLY, DELETED, UNCHANGED)}
@@ -278,27 +290,15 @@ def _old_rows(published: DataFrame, keys: list[str]) -> DataFrame:
     """Keys and hashes of the published rows; `__retry` where a chunk has an error that may pass."""
     names = [quoted(key) for key in keys]
     permanent = list(reasons.PERMANENT)
-    old = published.where("chunk_index = 0").select(
-        *names,
-        F.coalesce("row_hash", F.lit(b"")).alias("__was_row"),
-        F.coalesce("meta_hash", F.lit(b"")).alias("__was_meta"),
+    # A foreign writer may have doubled a chunk, or left some out: such a row counts as changed, and is written anew.
+    whole = (F.count_if(F.col("chunk_index") == 0) == 1) & (F.count(F.lit(1)) == F.max("chunk_index") + 1)
+    was_row = F.when(whole, F.min_by("row_hash", "chunk_index"))
+    passing = F.col("error").isNotNull() & ~F.col("error").isin(list(reasons.PERMANENT))
+    return published.groupBy(*[quoted(key) for key in keys]).agg(
+        F.coalesce(was_row, F.lit(b"")).alias("__was_row"),
+        F.coalesce(F.min_by("meta_hash", "chunk_index"), F.lit(b"")).alias("__was_meta"),
+        F.coalesce(F.bool_or(passing), F.lit(False)).alias("__retry"),
     )
-    retry = (
-        published.where(F.col("error").isNotNull() & ~F.col("error").isin(permanent))
-        .select(*names)
-        .distinct()
-        .withColumn("__retry", F.lit(True))
-    )
-    # A foreign writer may have doubled a key or written none of chunk 0: whatever is wrong is deleted and written anew.
-    doubled = old.groupBy(*names).agg(
-        F.first("__was_row").alias("__was_row"),
-        F.first("__was_meta").alias("__was_meta"),
-        F.count(F.lit(1)).alias("__n"),
-    )
-    one = doubled.withColumn("__was_row", F.when(F.col("__n") == 1, F.col("__was_row")).otherwise(F.lit(b""))).drop(
-        "__n"
-    )
-    return one.join(retry, on=keys, how="left")
 
 
 def _bad_keys(rows: DataFrame, keys: list[str], num_null: int, num_duplicate: int) -> SourceError:

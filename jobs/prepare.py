@@ -73,10 +73,14 @@ def resolve_encoder(
     settled does an executor load the model and try. Raises EncoderChangedError when the table holds the vectors of
     another encoder and the run may not replace them.
     """
-    settled = None if published is None else published.encoder
-    if settled is not None:
-        recorded = settled["identity"].get("precision")
-        spec = _settle(spec, recorded, settled.get("backend"))
+    settled = None if published is None else _as_published(spec, published)
+    # A full refresh may bring another encoder, which inherits nothing from its predecessor.
+    if (
+        published is not None
+        and settled is not None
+        and (not full_refresh or settled.fingerprint == published.fingerprint)
+    ):
+        spec = settled
     elif found := known_precision(spark, ref, spec):
         spec = _settle(spec, *found)
     probe = None
@@ -86,6 +90,12 @@ def resolve_encoder(
     if published is not None and published.fingerprint != spec.fingerprint and not full_refresh:
         raise _changed(published, spec)
     return Encoding(spec, probe)
+
+
+def _as_published(spec: EncoderSpec, published: Published) -> EncoderSpec:
+    """The encoder with what the table has settled, wherever the run file leaves the choice."""
+    recorded = published.encoder
+    return _settle(spec, recorded["identity"].get("precision"), recorded.get("backend"))
 
 
 def options_of(config: RunConfig, *, role: str = "document") -> EncodeOptions:
@@ -157,6 +167,14 @@ def replace_reason(
             f"with `shoal embed FILE --full-refresh`"
         )
     old = {field.name: field.dataType.simpleString() for field in published.rows(spark).schema.fields}
+    retyped = [key for key in source.keys if old.get(key) != columns.get(key)]
+    if retyped:
+        was, now = (", ".join(f"{key} {types.get(key)}" for key in retyped) for types in (old, columns))
+        raise RefusedError(
+            f"source.key: table {published.ref} has the keys ({was}) and the source now gives ({now}), so no row of the "
+            f"table could be kept; give the source's types with source.schema or a query, or replace the table with "
+            f"`shoal embed FILE --full-refresh`"
+        )
     differing = sorted(name for name in old.keys() | columns.keys() if old.get(name) != columns.get(name))
     return f"columns changed: {', '.join(differing)}" if differing else None
 

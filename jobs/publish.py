@@ -6,6 +6,7 @@ of schema are one createOrReplace. Both carry the run's state as userMetadata an
 the head is read afterwards: a MERGE that Delta skips because its transaction id is taken looks like an empty success.
 """
 
+import contextlib
 import json
 import uuid
 from collections.abc import Iterator
@@ -45,6 +46,11 @@ _USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
 _TXN_APP = "spark.databricks.delta.write.txnAppId"
 _TXN_VERSION = "spark.databricks.delta.write.txnVersion"
 
+
+CONFLICTS = ("DELTA_CONCURRENT", "Concurrent", "DELTA_PROTOCOL_CHANGED", "ProtocolChanged", "MetadataChanged")
+
+# Delta writes these itself, lists them among the properties, and refuses them from anybody else.
+KEPT_BY_DELTA = ("delta.columnMapping.maxColumnId", "delta.rowTracking.materialized", "delta.inCommitTimestamp")
 
 _OF_ERRORS = ("error", "n_tokens", "truncated", "embedded_at")
 
@@ -107,18 +113,15 @@ def publish_merge(spark: SparkSession, target: Target, rows: RowPlan, content: D
     """
     before = target.before
     assert before is not None  # noqa: S101 - the caller chose a MERGE because there is a table
-    keys = list(rows.keys)
     columns = content.columns
-    gone = rows.rows.where(F.col(ACTION) != NEW).select(
-        *[F.col(quoted(key)).alias(f"__merge_{i}") for i, key in enumerate(keys)]
-    )
+    gone = rows.rows.where(F.col(ACTION) != NEW).select(*[quoted(key) for key in rows.keys])
     for field in content.schema.fields:
-        gone = gone.withColumn(field.name, F.lit(None).cast(field.dataType))
-    come = content.withColumns(
-        {f"__merge_{i}": F.lit(None).cast(content.schema[key].dataType) for i, key in enumerate(keys)}
-    )
-    source = gone.unionByName(come)
-    on = " AND ".join(f"t.{quoted(key)} = s.__merge_{i}" for i, key in enumerate(keys))
+        if field.name not in rows.keys:
+            gone = gone.withColumn(field.name, F.lit(None).cast(field.dataType))
+    # New rows carry their keys too, and the marker that keeps them from matching: NULL keys would all be shuffled into
+    # one partition.
+    source = gone.withColumn("__come", F.lit(value=False)).unionByName(content.withColumn("__come", F.lit(value=True)))
+    on = " AND ".join(["NOT s.__come", *[f"t.{quoted(key)} <=> s.{quoted(key)}" for key in rows.keys]])
     listed = ", ".join(quoted(name) for name in columns)
     values = ", ".join(f"s.{quoted(name)}" for name in columns)
     view = f"shoal_{state.run_id.replace('-', '_')}"
@@ -129,10 +132,10 @@ def publish_merge(spark: SparkSession, target: Target, rows: RowPlan, content: D
             spark.sql(
                 f"MERGE INTO {target.ref.sql} AS t USING {view} AS s ON {on} "
                 f"WHEN MATCHED THEN DELETE "
-                f"WHEN NOT MATCHED AND s.__merge_0 IS NULL THEN INSERT ({listed}) VALUES ({values})"
+                f"WHEN NOT MATCHED AND s.__come THEN INSERT ({listed}) VALUES ({values})"
             )
     except (PySparkException, Py4JJavaError) as error:
-        raise _lost_or_failed(error) from error
+        return _landed_or_failed(spark, target, state, error)
     finally:
         spark.catalog.dropTempView(view)
     return _own_head(spark, target, state)
@@ -163,13 +166,14 @@ def publish_replace(
         _fence(spark, target)
         writer.createOrReplace()
     except (PySparkException, Py4JJavaError) as error:
-        raise _lost_or_failed(error) from error
+        return _landed_or_failed(spark, target, state, error)
     return _own_head(spark, target, state)
 
 
 def table_properties(target: Target, rows: RowPlan, spec: EncoderSpec, encoder: dict) -> dict[str, str]:
     """Everything that the table says of itself; the user's own properties first, so that ours stand."""
-    kept = dict(target.before.properties) if target.before else {}
+    before = target.before.properties if target.before else {}
+    kept = {name: value for name, value in before.items() if not name.startswith(KEPT_BY_DELTA)}
     ours = {
         FORMAT_PROPERTY: str(FORMAT),
         TABLE_ID_PROPERTY: target.table_id,
@@ -255,7 +259,9 @@ def _statistics_columns(rows: RowPlan) -> str:
         if rows.rows.schema[name].dataType.simpleString() in scalars
         or rows.rows.schema[name].dataType.simpleString().startswith("decimal")
     ]
-    return ",".join([quoted(name) if not name.isidentifier() else name for name in good] + ["chunk_index"])
+    return ",".join(
+        [name if name.isascii() and name.isidentifier() else quoted(name) for name in good] + ["chunk_index"]
+    )
 
 
 def _with_comments(spark: SparkSession, target: Target, content: DataFrame) -> DataFrame:
@@ -333,12 +339,21 @@ def _commit_settings(spark: SparkSession, target: Target, state: State) -> Itera
             spark.conf.unset(key)
 
 
+def _landed_or_failed(
+    spark: SparkSession, target: Target, state: State, error: PySparkException | Py4JJavaError
+) -> int:
+    """The version of a commit that landed although its answer got lost; else the error, in words."""
+    with contextlib.suppress(PySparkException, Py4JJavaError, RunError):
+        return _own_head(spark, target, state)
+    raise _lost_or_failed(error) from error
+
+
 def _lost_or_failed(error: PySparkException | Py4JJavaError) -> RunError | DestinationError:
     if full := full_disk(error):
         return full
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    if "Concurrent" in text or "ProtocolChanged" in text or "MetadataChanged" in text:
+    told = str(error)
+    text = next((line for line in told.strip().splitlines() if line), type(error).__name__)
+    if any(sign in told for sign in CONFLICTS):
         return OvertakenError(f"the publication met another commit on the table ({text}); run it again")
     return RunError(
         f"the publication failed: {text}; the table is as it was and the vectors wait in staging: run it again"

@@ -100,7 +100,7 @@ class Published:
 def exists(spark: SparkSession, ref: TableRef) -> bool:
     """Whether there is a table at all; DestinationError when something else stands in its place."""
     if ref.name:
-        return bool(spark.catalog.tableExists(ref.name))
+        return bool(spark.catalog.tableExists(ref.sql))
     if DeltaTable.isDeltaTable(spark, ref.path or ""):
         return True
     if FileSystem(spark, ref.path or "").is_occupied(ref.path or ""):

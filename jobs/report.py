@@ -36,6 +36,9 @@ class Report:
     distinct: int = 0
     num_todo: int = 0
     account: Account | None = None
+    encoded: int = 0
+    tokens: int = 0
+    """Both only for a run that failed before its account was made."""
     estimate: dict[str, float | None] = field(default_factory=lambda: {"seconds": 0.0, "price": None})
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     bytes_written: int = 0
@@ -61,7 +64,7 @@ class Report:
 
     def public(self) -> dict[str, Any]:
         """The document that `shoal embed --json` prints; needs no run file."""
-        account = self.account or Account(self.planned, 0, 0, 0, 0)
+        account = self.account or Account(self.planned, 0, 0, self.encoded, self.tokens)
         total = time.time() - self.started
         return {
             "status": self.status,

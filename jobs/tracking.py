@@ -21,6 +21,7 @@ def send(record: dict[str, Any], tracking: TrackingConfig) -> str:
         os.environ.setdefault(key, value)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=tracking.uri)
