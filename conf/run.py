@@ -670,7 +670,7 @@ class RunConfig(Section):
         for path in self._hidden:
             value: Any = self
             for part in path:
-                value = value[part] if isinstance(value, dict | list | tuple) else getattr(value, str(part), None)
+                value = getattr(value, str(part), None) if isinstance(value, Section) else value[part]
             for secret in (str(value), repr(value)):
                 if value is not None and len(str(value)) >= MIN_MASKED:
                     text = text.replace(secret, MASK)

@@ -43,8 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
     except ShoalError as error:
         return _failed(args, error, error.exit_code, error.status)
-    except KeyboardInterrupt:
-        return _failed(args, RunError("interrupted; what has been staged is kept, run it again"), EXIT_FAILED, "failed")
+    except KeyboardInterrupt as interrupt:
+        stopped = RunError("the run was interrupted; what has been staged is kept, run it again")
+        report = getattr(interrupt, "report", None)
+        if report is not None:
+            report.error = str(stopped)
+            stopped.report = report  # type: ignore[attr-defined]
+        return _failed(args, stopped, EXIT_FAILED, "failed")
     except BrokenPipeError:
         # The reader of our output went away, as `head` does: nothing is wrong, and nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

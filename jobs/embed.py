@@ -112,7 +112,8 @@ def embed(
         failure = worker_error(error)
         raise _reported(failure, report) from error
     except BaseException as error:
-        raise _reported(error, report) from None
+        _reported(error, report)
+        raise
     return report
 
 

@@ -288,8 +288,6 @@ _ACTIONS = (NEW, CHANGED, METADATA_ONLY, DELETED, UNCHANGED, DUPLICATE, NULL_KEY
 
 def _old_rows(published: DataFrame, keys: list[str]) -> DataFrame:
     """Keys and hashes of the published rows; `__retry` where a chunk has an error that may pass."""
-    names = [quoted(key) for key in keys]
-    permanent = list(reasons.PERMANENT)
     # A foreign writer may have doubled a chunk, or left some out: such a row counts as changed, and is written anew.
     whole = (F.count_if(F.col("chunk_index") == 0) == 1) & (F.count(F.lit(1)) == F.max("chunk_index") + 1)
     was_row = F.when(whole, F.min_by("row_hash", "chunk_index"))

@@ -32,7 +32,7 @@ def shown_progress(
     """
     points: Points = []
     stop = threading.Event()
-    show = _bar if console.is_terminal else _lines
+    show = _bar if console.is_terminal and not console.is_dumb_terminal else _lines
     thread = threading.Thread(
         target=show,
         args=(receiver, num_chunks, num_done, started, console, say, points, stop),

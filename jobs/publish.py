@@ -120,7 +120,7 @@ def publish_merge(spark: SparkSession, target: Target, rows: RowPlan, content: D
             gone = gone.withColumn(field.name, F.lit(None).cast(field.dataType))
     # New rows carry their keys too, and the marker that keeps them from matching: NULL keys would all be shuffled into
     # one partition.
-    source = gone.withColumn("__come", F.lit(value=False)).unionByName(content.withColumn("__come", F.lit(value=True)))
+    source = gone.withColumn("__come", F.lit(False)).unionByName(content.withColumn("__come", F.lit(True)))
     on = " AND ".join(["NOT s.__come", *[f"t.{quoted(key)} <=> s.{quoted(key)}" for key in rows.keys]])
     listed = ", ".join(quoted(name) for name in columns)
     values = ", ".join(f"s.{quoted(name)}" for name in columns)

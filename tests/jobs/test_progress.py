@@ -46,7 +46,8 @@ def test_on_a_terminal_there_is_a_bar_that_leaves_nothing_behind(monkeypatch: py
     monkeypatch.setattr(progress, "REFRESH_SECONDS", 0.02)
     said: list[str] = []
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=120, color_system=None)
+    environment = {"TERM": "xterm"}
+    console = Console(file=screen, force_terminal=True, width=120, color_system=None, _environ=environment)
     with ProgressReceiver("run-1") as receiver:
         sender = ProgressSender(ProgressTarget("127.0.0.1", receiver.port, "run-1", 0), 0, 0)
         with shown_progress(receiver, 100, 40, time.time(), console, said.append) as points:
