@@ -251,9 +251,11 @@ def _spark(settings: SparkConfig, app_name: str) -> Iterator["SparkSession"]:
     logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
     from pyspark.sql import SparkSession
 
-    from shoal.jobs.session import open_spark
+    from shoal.jobs.session import default_log_file, open_spark
 
     running = SparkSession.getActiveSession()
+    if running is None:
+        _say(f"Spark's own output: {default_log_file()}")
     spark = open_spark(settings, app_name=app_name)
     try:
         yield spark

