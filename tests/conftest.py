@@ -31,6 +31,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SparkSession"]:
             "spark.sql.warehouse.dir": str(folder / "warehouse"),
             "spark.sql.catalogImplementation": "in-memory",
             "spark.sql.debug.maxToStringFields": "100",
+            # Hundreds of small queries, each run once or twice: optimising their code costs more than it saves.
+            "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
         },
     )
     session = open_spark(settings, app_name="shoal tests", log_file=folder / "spark.log")

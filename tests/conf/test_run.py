@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from shoal.conf.loader import section_of
+from shoal.conf.loader import load_run, section_of
 from shoal.conf.run import RunConfig, Section, dotted
 from shoal.conf.values import SHOAL_COLUMNS, Limit, MetadataColumn
 
@@ -207,3 +207,19 @@ def test_a_validation_error_does_not_repeat_the_value() -> None:
 
 def test_a_path_is_written_as_people_write_it() -> None:
     assert dotted(("source", "columns", 1)) == "source.columns[1]"
+
+
+def test_what_came_from_the_environment_is_masked_in_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_TEST_SECRET", "hunter2-hunter2")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "name: docs\n"
+        'source: {format: json, path: "s3a://x/${SHOAL_TEST_SECRET}", key: id, text: t,'
+        ' options: {a: "${SHOAL_TEST_SECRET}"}}\n'
+        'encoder: {model: "hash:8"}\n'
+        "destination: {path: out}\n"
+    )
+    masked = load_run(path).mask("cannot read s3a://x/hunter2-hunter2 with hunter2-hunter2 at jdbc://me:pw@host/db")
+    assert "hunter2" not in masked
+    assert "pw@" not in masked
+    assert masked.startswith("cannot read")

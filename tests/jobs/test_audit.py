@@ -10,6 +10,8 @@ from pyspark.sql import SparkSession
 
 from shoal.conf.errors import LimitError
 from shoal.conf.loader import load_run
+from shoal.conf.values import Limit
+from shoal.jobs.audit import Account, check_errors
 from shoal.jobs.bookkeeping import Bookkeeper
 from shoal.jobs.embed import embed
 from shoal.jobs.layout import table_of
@@ -119,3 +121,11 @@ def test_an_empty_source_empties_the_table_where_the_limits_allow_it(
 
     assert (record["status"], record["version"], record["rows"]["deleted"]) == ("published", 1, 4)
     assert table_of(spark, config.destination).read(spark).isEmpty()
+
+
+def test_errors_that_were_published_before_and_only_retried_do_not_count_against_a_run() -> None:
+    limit = Limit(share=0.01)
+    check_errors(limit, Account(1, 0, 0, 1, 0, {"non_finite": 1}, num_retried=1))
+    check_errors(limit, Account(6, 5, 0, 6, 0, {"non_finite": 1}, num_retried=1))
+    with pytest.raises(LimitError, match="1 of 5 planned chunks"):
+        check_errors(limit, Account(6, 4, 0, 6, 0, {"non_finite": 2}, num_retried=1))

@@ -212,3 +212,25 @@ def test_table_settings_that_change_later_take_effect_and_other_key_columns_are_
     }
     with pytest.raises(RefusedError, match=r"source.key: .* \['id'\] .* \['body'\]"):
         embed(spark, load_run(run_file(source=source, destination=destination)))
+
+
+def test_what_a_foreign_writer_has_damaged_is_written_anew(
+    spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_rows(rows_of("one two three four five six", "seven eight nine"))
+    config = load_run(run_file(chunk={"tokens": 2, "boundary": "word"}))
+    embed(spark, config)
+    table = f"delta.`{tmp_path}/out/docs`"
+    before = published(spark, tmp_path / "out/docs")
+    assert len(before) == 5
+    spark.sql(f"DELETE FROM {table} WHERE id = 'r0' AND chunk_index = 0")
+    spark.sql(f"INSERT INTO {table} BY NAME SELECT NULL AS id, 0 AS chunk_index, 'stray' AS error")
+
+    record = embed(spark, config).record()
+
+    assert (record["rows"]["changed"], record["rows"]["deleted"], record["rows"]["unchanged"]) == (1, 1, 1)
+    after = published(spark, tmp_path / "out/docs")
+    assert {key: (row["text"], row["embedding"]) for key, row in after.items()} == {
+        key: (row["text"], row["embedding"]) for key, row in before.items()
+    }
+    assert embed(spark, config).record()["status"] == "unchanged"
