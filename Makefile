@@ -8,6 +8,8 @@ SHELL := /bin/bash
 .PHONY: help install jars quickstart test test-fast test-gpu lint check bench audit lock clean check-python check-java
 
 VENV ?= .venv
+# Each has a Spark session of its own: two are about 5 GB of memory, and keep two cores busy.
+TEST_WORKERS ?= 2
 PY := $(VENV)/bin/python
 # A shim may be on PATH without a Python behind it: ask each candidate to run.
 PYTHON ?= $(shell for p in python3.11 python3; do \
@@ -46,7 +48,7 @@ quickstart: install ## embed the standard library's docstrings, then search them
 	@$(VENV)/bin/shoal quickstart
 
 test: install ## all tests, with the slow ones: a quarter of an hour on two cores
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 test-fast: $(INSTALLED) ## the tests of conf/ and udfs/: no Java, no Spark
 	$(PY) -m pytest tests/conf tests/udfs -m "not spark and not slow and not gpu"
