@@ -81,8 +81,7 @@ def embed(
     """Runs once and returns the report; raises ShoalError, with `report` attached to it, when it did not get through.
 
     `started` (as time.time()): when the user's wait began, if that was before the call. With `limit` it tries the
-    run on
-    so many rows and publishes to a scratch table beside the destination, made anew.
+    run on so many rows and publishes to a scratch table beside the destination, made anew.
     """
     hooks = masked(hooks or Hooks(), config)
     run_id = new_run_id()
@@ -174,11 +173,6 @@ class _Run:
             if source.version is not None:
                 source = read_source(self.spark, self.config.source, self.config.chunk, limit=self.limit)
             self.books.recover(published, self.config.tracking)
-            if published is not None and self.limit is None:
-                changed = apply_settings(self.spark, published, self.config.destination)
-                if changed:
-                    self.hooks.say(f"table properties set: {', '.join(changed)}")
-                    published = read_published(self.spark, self.ref)
             drop_work(self.files, self.ref)
             self.hooks.step("recovered")
         try:
@@ -207,6 +201,11 @@ class _Run:
                 say=self.hooks.say,
             )
             report.fingerprint = encoding.spec.fingerprint
+            if published is not None and self.limit is None:
+                changed = apply_settings(self.spark, published, self.config.destination)
+                if changed:
+                    self.hooks.say(f"table properties set: {', '.join(changed)}")
+                    published = read_published(self.spark, self.ref)
         with report.phase("plan"):
             rows = self._plan_rows(source, published, encoding)
         if rows.is_empty:

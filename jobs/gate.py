@@ -49,9 +49,7 @@ def check_gate(
     if found < gate.min_ndcg:
         raise LimitError(
             f"gate.min_ndcg is {gate.min_ndcg:g} and the table to come reaches nDCG@{gate.k} {found:.4f} on the "
-            "queries of "
-            f"{folder}; nothing was published, the vectors wait in staging. See what changed in the source or "
-            "the encoder, "
-            f"or lower the gate"
+            f"queries of {folder}; nothing was published, the vectors wait in staging. See what changed in the source "
+            "or the encoder, or lower the gate"
         )
     return found

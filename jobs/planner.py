@@ -304,8 +304,7 @@ def _bad_keys(rows: DataFrame, keys: list[str], num_null: int, num_duplicate: in
     if num_null:
         return SourceError(
             f"source.key: {num_null} rows have NULL in ({named}); filter them out with source.filter, or fill "
-            "them in a "
-            f"query source"
+            "them in a query source"
         )
     shown = rows.where(F.col(ACTION) == DUPLICATE).select(*[quoted(key) for key in keys]).distinct().limit(3).collect()
     examples = "; ".join(", ".join(f"{key}={row[key]!r}" for key in keys) for row in shown)

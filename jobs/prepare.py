@@ -163,8 +163,7 @@ def replace_reason(
         raise RefusedError(
             f"source.key: table {published.ref} has the key columns {list(published.keys)} and the run file has "
             f"{list(source.keys)}, so no row of the table could be kept; name another destination, or replace "
-            "the table "
-            f"with `shoal embed FILE --full-refresh`"
+            f"the table with `shoal embed FILE --full-refresh`"
         )
     old = {field.name: field.dataType.simpleString() for field in published.rows(spark).schema.fields}
     retyped = [key for key in source.keys if old.get(key) != columns.get(key)]
@@ -214,6 +213,5 @@ def _changed(published: Published, spec: EncoderSpec) -> EncoderChangedError:
         f"encoder: table {published.ref} holds vectors of {published.encoder['reference']} (fingerprint "
         f"{published.fingerprint}) and the run file asks for {spec.reference} (fingerprint {spec.fingerprint}); "
         f"{'; '.join(differing)}. Vectors of two encoders never share a table: put the old settings back, or "
-        "replace every "
-        f"vector with `shoal embed FILE --full-refresh`"
+        f"replace every vector with `shoal embed FILE --full-refresh`"
     )

@@ -72,11 +72,9 @@ def encoder_of(published: Published) -> EncoderSpec:
     )
     if spec.fingerprint != published.fingerprint:
         raise EncoderChangedError(
-            f"table {published.ref} holds vectors of fingerprint {published.fingerprint}, and "
-            f"{recorded['reference']} is "
-            f"now {spec.fingerprint}: the model's files have changed. Put the former files back; a query vector "
-            "of another "
-            f"encoder would find nothing sensible"
+            f"table {published.ref} holds vectors of fingerprint {published.fingerprint}, and {recorded['reference']} "
+            f"is now {spec.fingerprint}: the model's files have changed. Put the former files back; a query vector "
+            f"of another encoder would find nothing sensible"
         )
     return spec
 
