@@ -57,7 +57,8 @@ def test_the_run_file_of_the_contract_loads(tmp_path: Path) -> None:
 
 def test_relative_paths_start_at_the_folder_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write(tmp_path).parent)
-    monkeypatch.setenv("HOME", "/home/somebody")
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
     overrides = [
         "source.path=[a.json, ../b/*.json, s3a://bucket/c, ~/d, /e]",
         "encoder.model=./m",
@@ -70,7 +71,7 @@ def test_relative_paths_start_at_the_folder_of_the_file(tmp_path: Path, monkeypa
         f"{folder}/a.json",
         f"{tmp_path.parent}/b/*.json",
         "s3a://bucket/c",
-        "/home/somebody/d",
+        f"{home}/d",
         "/e",
     ]
     assert config.encoder.model == f"{folder}/m"
