@@ -17,7 +17,8 @@ from pydantic_core import ErrorDetails
 from shoal.conf import document
 from shoal.conf.document import Document
 from shoal.conf.errors import ConfigError
-from shoal.conf.run import RunConfig, Section, SettingPath, SettingsError, TrackingConfig, dotted, shown
+from shoal.conf.run import RunConfig, TrackingConfig
+from shoal.conf.section import Section, SettingPath, SettingsError, dotted, shown
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)(?!/|:memory:|file:)([^?]+)(.*)")
@@ -161,7 +162,7 @@ def _override_value(value: str, path: SettingPath, core: Any) -> Document:
 def _resolved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The values with relative paths made absolute; what is not a path, or not text, stays for validation."""
     data = copy.deepcopy(values)
-    source, encoder, destination, gate = (data.get(name) for name in ("source", "encoder", "destination", "gate"))
+    source, destination, gate = (data.get(name) for name in ("source", "destination", "gate"))
     if isinstance(gate, dict):
         _change(gate, "folder", lambda path: _absolute(path, folder))
     if isinstance(source, dict):
@@ -169,8 +170,9 @@ def _resolved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(destination, dict):
         _change(destination, "path", lambda path: _absolute(path, folder))
         _change(destination, "sidecar", lambda path: _absolute(path, folder))
-    if isinstance(encoder, dict):
-        _change(encoder, "model", lambda model: _absolute(model, folder) if _is_folder(model) else model)
+    for encoder in (data.get("encoder"), data.get("next_encoder")):
+        if isinstance(encoder, dict):
+            _change(encoder, "model", lambda model: _absolute(model, folder) if _is_folder(model) else model)
     tracking = data.setdefault("tracking", {})
     if isinstance(tracking, dict):
         tracking.setdefault("uri", TrackingConfig.model_fields["uri"].default)
@@ -219,6 +221,7 @@ STAND_INS: dict[SettingPath, Any] = {
     ("chunk", "tokens"): sys.maxsize,
     ("encoder",): {"model": "hash:1"},
     ("encoder", "model"): "hash:1",
+    ("next_encoder", "model"): "hash:1",
     ("destination",): {"path": "out"},
     ("gate", "folder"): "-",
     ("gate", "min_ndcg"): 1.0,

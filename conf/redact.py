@@ -10,7 +10,7 @@ _SECRET_NAME = re.compile(
 )
 _USER_INFO = re.compile(r"(?<=://)[^/\s@:]*:[^\s@]*@|(?<=http://)[^/\s@]+@|(?<=https://)[^/\s@]+@")
 _SECRET_PAIR = re.compile(
-    r"((?:[\w.-]*(?:passw|secret|token|credential|passphrase)[\w.-]*|pwd|sig|sas|[\w.-]*key)\s*[=:]\s*)[^\s&;,\"']+",
+    r"((?:(?:[\w.-]*(?:passw|secret|token|credential|passphrase)[\w.-]*|pwd|sig|sas)\s*[=:]|[\w.-]*key\s*=)\s*)[^\s&;,\"']+",
     re.IGNORECASE,
 )
 
@@ -29,3 +29,10 @@ def scrub(text: str, *, pairs: bool) -> str:
     if pairs or "://" in text:
         text = _SECRET_PAIR.sub(lambda found: found[1] + MASK, text)
     return text
+
+
+def masked_address(url: str) -> str:
+    """A webhook's address down to its host: path and query are what authorises whoever knows them."""
+    scheme, found, rest = url.partition("://")
+    host = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")[2]
+    return f"{scheme}://{host}/{MASK}" if found else MASK

@@ -1,390 +1,34 @@
-"""The settings of a run: one frozen, closed class per section, each setting documented where it is declared.
+"""The settings of a run: one frozen, closed class per section, each setting documented where it is declared."""
 
-Validation is pure (no file, network or clock). A rule that concerns several settings raises SettingsError, whose
-advice never repeats a value; the loader adds the settings, what was found and the line.
-"""
-
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    PrivateAttr,
-    StrictBool,
-    StrictFloat,
-    StrictInt,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PrivateAttr, StrictBool, StrictFloat, model_validator
 
-from shoal.conf.redact import MASK, is_secret_name, scrub
-from shoal.conf.template import Template, parse_template
-from shoal.conf.values import (
-    SHOAL_COLUMNS,
-    UNFIT_NAME,
-    Limit,
-    MetadataColumn,
-    ModelForm,
-    format_duration,
-    model_form,
-    parse_column,
-    parse_duration,
-    parse_limit,
+from shoal.conf.redact import MASK, masked_address, scrub
+from shoal.conf.section import (
+    Duration,
+    FreeEntries,
+    LimitValue,
+    Memory,
+    ModelReference,
+    NaturalInt,
+    PositiveInt,
+    Price,
+    RunName,
+    Section,
+    SettingPath,
+    SettingProblem,
+    Text,
+    checked,
+    raise_all,
 )
+from shoal.conf.source import SourceConfig
+from shoal.conf.values import Limit, ModelForm, model_form
 
 MIN_MASKED = 4
 """Shorter values from the environment are no secrets, and would mask half of every message."""
-
-SettingPath = tuple[str | int, ...]
-FILE_FORMATS = ("delta", "parquet", "json", "csv", "text")
-
-
-@dataclass(frozen=True, slots=True)
-class SettingProblem:
-    """One broken rule: the settings concerned (paths inside the section that raises it) and what to do about it.
-
-    `example` may repeat what the user wrote; it is shown only when none of the settings is hidden.
-    """
-
-    settings: tuple[SettingPath, ...]
-    advice: str
-    example: str = ""
-
-
-class SettingsError(ValueError):
-    """Every broken rule of one section; the loader turns each into a paragraph of a ConfigError."""
-
-    def __init__(self, problems: list[SettingProblem]) -> None:
-        self.problems = problems
-        super().__init__("; ".join(f"{' and '.join(map(dotted, each.settings))}: {each.advice}" for each in problems))
-
-
-def dotted(path: SettingPath) -> str:
-    """The path of a setting as people write it: `source.columns[1]`."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
-def _limit_schema() -> dict[str, Any]:
-    return {"anyOf": [{"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*%$"}, {"type": "integer", "minimum": 0}]}
-
-
-def _one_or_more(value: object) -> tuple[str, ...]:
-    """A YAML string or list of strings as a tuple; ValueError for anything else and for an empty list."""
-    items = (value,) if isinstance(value, str) else value
-    if not isinstance(items, list | tuple) or not items or not all(isinstance(item, str) for item in items):
-        raise ValueError("write one name, or a list of names")
-    return tuple(items)
-
-
-def _column_entries(value: object) -> tuple[str, ...]:
-    """Column entries whose published names are free; an empty list is fine here."""
-    entries = _one_or_more(value) if value not in ([], ()) else ()
-    columns = list(enumerate(map(parse_column, entries)))
-    taken = (
-        "that name belongs to a column of Shoal's own; publish it under another name with 'name AS new', or rename it "
-    )
-    unfit = "Delta allows no blanks and none of ,;{}()= in a column's name; publish it under another: 'name AS new'"
-    _raise_all(
-        [
-            SettingProblem(
-                ((index,),), f"{taken}in a source of format query", f"'{column.source} AS source_{column.name}'"
-            )
-            for index, column in columns
-            if column.name.lower() in SHOAL_COLUMNS
-        ]
-        + [SettingProblem(((index,),), unfit) for index, column in columns if UNFIT_NAME.search(column.name)]
-    )
-    return entries
-
-
-def _template(value: str) -> str:
-    if isinstance(value, str):
-        parse_template(value)
-    return value
-
-
-def _paths(value: object) -> str | list[str]:
-    paths = _one_or_more(value)
-    if not all(path.strip() for path in paths):
-        raise ValueError("a path is empty; write where the files are")
-    return value if isinstance(value, str) else list(paths)
-
-
-def _checked(pattern: str, advice: str) -> Callable[[str], str]:
-    """A validator that wants the whole text to match; `advice` is what the user reads when it does not."""
-    compiled = re.compile(pattern)
-
-    def check(value: str) -> str:
-        if isinstance(value, str) and compiled.fullmatch(value) is None:
-            raise ValueError(advice)
-        return value
-
-    return check
-
-
-def _timestamp(value: str) -> str:
-    if isinstance(value, str):
-        try:
-            datetime.fromisoformat(value)
-        except ValueError:
-            raise ValueError("write a date or a time such as 2026-01-31 or 2026-01-31T06:00:00Z") from None
-    return value
-
-
-def _model_reference(value: str) -> str:
-    if isinstance(value, str):
-        model_form(value)
-    return value
-
-
-Text = Annotated[str, BeforeValidator(_checked(r"(?s).*\S.*", "it is blank; write a value or leave the setting out"))]
-RunName = Annotated[
-    str,
-    BeforeValidator(
-        _checked(r"[A-Za-z0-9][\w.-]{0,99}", "use at most 100 letters, digits, dots, hyphens and underscores")
-    ),
-]
-Memory = Annotated[str, BeforeValidator(_checked(r"[1-9]\d*[kKmMgGtT]", "write a size such as 4g or 512m"))]
-ModelReference = Annotated[str, BeforeValidator(_model_reference)]
-Timestamp = Annotated[str, BeforeValidator(_timestamp)]
-TextTemplate = Annotated[str, BeforeValidator(_template)]
-PositiveInt = Annotated[StrictInt, Field(ge=1)]
-NaturalInt = Annotated[StrictInt, Field(ge=0)]
-Price = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
-LimitValue = Annotated[
-    Limit,
-    PlainValidator(parse_limit),
-    PlainSerializer(str, return_type=str),
-    WithJsonSchema(_limit_schema()),
-]
-Duration = Annotated[
-    timedelta,
-    PlainValidator(parse_duration),
-    PlainSerializer(format_duration, return_type=str),
-    WithJsonSchema({"type": "string", "pattern": r"^\d+\s*[smhd]$"}),
-]
-_NAMES_SCHEMA = {"type": "array", "items": {"type": "string"}}
-Names = Annotated[
-    tuple[str, ...],
-    PlainValidator(_column_entries),
-    PlainSerializer(list, return_type=list[str]),
-    WithJsonSchema({"anyOf": [{"type": "string"}, _NAMES_SCHEMA]}),
-]
-FreeEntries = Annotated[
-    dict[str, str],
-    WithJsonSchema({"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}),
-]
-Paths = Annotated[
-    str | list[str], PlainValidator(_paths), WithJsonSchema({"anyOf": [{"type": "string"}, _NAMES_SCHEMA]})
-]
-
-
-class Section(BaseModel):
-    """What all sections share: frozen, closed, and silent about secrets in `repr()` and `redacted()`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-    _hidden: frozenset[SettingPath] = PrivateAttr(default=frozenset())
-
-    def redacted(self) -> dict[str, Any]:
-        """The settings by their YAML names, defaults included, as plain JSON values with every secret as `***`."""
-        return _redact(self.model_dump(mode="json", by_alias=True), (), self._hidden)
-
-    def hide(self, settings: frozenset[SettingPath]) -> None:
-        """Mark settings (paths inside this section) whose values came from the environment: never shown again."""
-        self._hidden = settings
-        for name in type(self).model_fields:
-            section = getattr(self, name)
-            if isinstance(section, Section):
-                section.hide(frozenset(path[1:] for path in settings if path[0] == name))
-
-    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        yield from self.redacted().items()
-
-
-def _redact(value: Any, path: SettingPath, hidden: frozenset[SettingPath]) -> Any:
-    if path in hidden:
-        return MASK
-    if isinstance(value, dict):
-        return {name: _redact(item, (*path, name), hidden) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_redact(item, (*path, index), hidden) for index, item in enumerate(value)]
-    return shown(value, path)
-
-
-def shown(value: Any, path: SettingPath) -> Any:
-    """A plain value as it may be shown: masked where the name of its free entry says so, scrubbed where it is text."""
-    free = next((place for place, part in enumerate(path) if part in FREE_SETTINGS and place + 1 < len(path)), None)
-    if free is not None and any(is_secret_name(str(part)) for part in path[free + 1 :]):
-        return MASK
-    return scrub(value, pairs=free is not None) if isinstance(value, str) else value
-
-
-FREE_SETTINGS = frozenset({"options", "properties", "tags", "conf"})
-"""Settings whose entries the user names; only there can the name of an entry say that it is a secret."""
-
-
-class SourceConfig(Section):
-    """Where the rows come from, what identifies one, and what its text is."""
-
-    format: Literal["delta", "parquet", "json", "csv", "text", "table", "query"] = Field(
-        description="What the source is: a Delta table by path, files (json is one object per line, text is one row "
-        "per file, subfolders included; an empty file gives none), a catalog table or view, or an SQL query."
-    )
-    path: Paths | None = Field(
-        default=None,
-        description="File, folder, glob or URI to read, or a list of them (Delta: one). For every format but table "
-        "and query.",
-    )
-    table: Text | None = Field(default=None, description="Name of the catalog table or view; format table only.")
-    query: Text | None = Field(
-        default=None, description="SQL query whose result is the source; format query only. A place to rename and join."
-    )
-    version: NaturalInt | None = Field(
-        default=None, description="Delta version to read; without it the newest. Format delta or table."
-    )
-    timestamp: Timestamp | None = Field(
-        default=None,
-        description="Point in time to read a Delta table at, such as 2026-01-31 or 2026-01-31T06:00:00Z. Format delta "
-        "or table.",
-    )
-    options: FreeEntries = Field(
-        default_factory=dict, description="Options of Spark's reader, such as `header: true` for csv."
-    )
-    schema_ddl: Text | None = Field(
-        default=None,
-        alias="schema",
-        description="Columns and types as Spark DDL (`id STRING, body STRING`), instead of inferring them. Format "
-        "json, csv or parquet.",
-    )
-    key: Names = Field(
-        description="Column, or columns, that identify a row; `id AS doc_id` publishes under another name. Never "
-        "NULL, never floating point. Format text: `path` unless set."
-    )
-    text: TextTemplate = Field(
-        description="What is encoded: a column, or a template such as `{title}\\n{body}` (`{{` is a plain brace). A "
-        "NULL field renders as the empty string; a row whose fields are all NULL is an error `null_text`. Format "
-        "text: `text` unless set."
-    )
-    filter: Text | None = Field(default=None, description="SQL condition; rows for which it is not true are ignored.")
-    columns: Names = Field(
-        default=(),
-        description="Metadata columns that travel with a row; `body AS summary` publishes under another name.",
-    )
-    duplicates: Literal["error", "keep_first"] = Field(
-        default="error",
-        description="What to do when several rows have one key: stop, or keep one of them, the same in every run.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text_files_need_no_names(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("format") == "text":
-            return {"key": "path", "text": "text", **data}
-        return data
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        _raise_all([*self._place_problems(), *self._column_problems()])
-        return self
-
-    def _place_problems(self) -> Iterator[SettingProblem]:
-        wanted = self.format if self.format in ("table", "query") else "path"
-        for name in ("path", "table", "query"):
-            given = getattr(self, name) is not None
-            if given and name != wanted:
-                yield SettingProblem(
-                    (("format",), (name,)), f"a source of this format takes source.{wanted}; remove source.{name}"
-                )
-            if not given and name == wanted:
-                yield SettingProblem((("format",), (name,)), f"say what to read in source.{name}")
-        if self.format == "delta" and isinstance(self.path, list):
-            yield SettingProblem((("path",),), "a Delta source is one folder; read several with format query and UNION")
-        pins = [name for name in ("version", "timestamp") if getattr(self, name) is not None]
-        if len(pins) == 2:
-            yield SettingProblem((("version",), ("timestamp",)), "they pin the same thing; keep one of the two")
-        if pins and self.format not in ("delta", "table"):
-            advice = "only format delta and table have versions; remove it"
-            yield SettingProblem((("format",), (pins[0],)), advice)
-        if self.schema_ddl is not None and self.format not in ("json", "csv", "parquet"):
-            yield SettingProblem((("format",), ("schema",)), "it has no effect on this format; remove it")
-        if self.options and self.format in ("table", "query"):
-            yield SettingProblem((("format",), ("options",)), "they have no effect on this format; remove them")
-        for option in self.options:
-            if option.lower() in ("versionasof", "timestampasof"):
-                name = "version" if option.lower() == "versionasof" else "timestamp"
-                yield SettingProblem((("options", option),), f"use source.{name}, so that the version is recorded")
-
-    def _column_problems(self) -> Iterator[SettingProblem]:
-        names = [
-            ((field, index), column)
-            for field, columns in (("key", self.key_columns), ("columns", self.metadata_columns))
-            for index, column in enumerate(columns)
-        ]
-        if not self.key:
-            yield SettingProblem((("key",),), "name at least one column that identifies a row")
-        seen: dict[str, SettingPath] = {}
-        for path, column in names:
-            alike = column.name.lower()
-            if alike in seen:
-                first = seen[alike]
-                where = "key columns are published anyway" if first[0] == "key" != path[0] else "it is there already"
-                yield SettingProblem((first, path), f"{where}; remove it, or rename one with 'name AS new'")
-            seen.setdefault(alike, path)
-
-    @property
-    def paths(self) -> list[str]:
-        """The paths as a list, empty for table and query."""
-        return [] if self.path is None else [self.path] if isinstance(self.path, str) else list(self.path)
-
-    @property
-    def key_columns(self) -> tuple[MetadataColumn, ...]:
-        """The key columns, each with its name in the source and its published name."""
-        return tuple(parse_column(entry) for entry in self.key)
-
-    @property
-    def metadata_columns(self) -> tuple[MetadataColumn, ...]:
-        """The metadata columns, each with its name in the source and its published name."""
-        return tuple(parse_column(entry) for entry in self.columns)
-
-    @property
-    def key_names(self) -> tuple[str, ...]:
-        """The published names of the key columns."""
-        return tuple(column.name for column in self.key_columns)
-
-    @property
-    def metadata_names(self) -> tuple[str, ...]:
-        """The published names of the metadata columns."""
-        return tuple(column.name for column in self.metadata_columns)
-
-    @property
-    def template(self) -> Template:
-        """`source.text`, parsed."""
-        return parse_template(self.text)
-
-    @property
-    def text_fields(self) -> tuple[str, ...]:
-        """The source columns that the text is made of, each once, in order of first use."""
-        return self.template.fields
-
-    @property
-    def needed_columns(self) -> tuple[str, ...]:
-        """Every source column that a run reads (keys, text, metadata), each once: what must exist."""
-        keys = [column.source for column in self.key_columns]
-        metadata = [column.source for column in self.metadata_columns]
-        return tuple(dict.fromkeys([*keys, *self.text_fields, *metadata]))
 
 
 class ChunkConfig(Section):
@@ -403,7 +47,7 @@ class ChunkConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.overlap >= self.tokens:
-            _raise_all([SettingProblem((("overlap",), ("tokens",)), "the overlap must be smaller than the chunk")])
+            raise_all([SettingProblem((("overlap",), ("tokens",)), "the overlap must be smaller than the chunk")])
         return self
 
 
@@ -464,7 +108,7 @@ class EncoderConfig(Section):
             for name in unused:
                 advice = "the hash encoder has no such choice (float32, length 1, no checkpoint); remove it"
                 problems.append(SettingProblem((("model",), (name,)), advice))
-        _raise_all(problems)
+        raise_all(problems)
         return self
 
     @property
@@ -525,7 +169,7 @@ class DestinationConfig(Section):
             elif name.lower().startswith("shoal."):
                 advice = "properties under shoal. are written by Shoal alone; choose another name"
                 problems.append(SettingProblem((("properties", name),), advice))
-        _raise_all(problems)
+        raise_all(problems)
         return self
 
     @property
@@ -591,7 +235,7 @@ class EncodeConfig(Section):
     threads: PositiveInt | None = Field(
         default=None, description="Processor threads of one encoder; unset: the cores that Spark gives a task."
     )
-    device: Annotated[str, BeforeValidator(_checked(r"cpu|cuda(:\d+)?", "write cpu, cuda or cuda:0"))] | None = Field(
+    device: Annotated[str, BeforeValidator(checked(r"cpu|cuda(:\d+)?", "write cpu, cuda or cuda:0"))] | None = Field(
         default=None,
         description="Device of the encoder: `cpu`, `cuda` or `cuda:0`; unset: the GPU that Spark gives the task, else "
         "the processor. Local masters give none, so a GPU of this machine has to be named here.",
@@ -622,7 +266,51 @@ class SparkConfig(Section):
             elif name in ("spark.master", "spark.driver.memory"):
                 setting = "master" if name == "spark.master" else "driver_memory"
                 problems.append(SettingProblem((("conf", name),), f"use spark.{setting}"))
-        _raise_all(problems)
+        raise_all(problems)
+        return self
+
+
+class BudgetConfig(Section):
+    """How much of the next encoder's work one night may do; the first of the limits that is reached ends it."""
+
+    chunks: PositiveInt | None = Field(default=None, description="Most chunks to encode in one night.")
+    hours: Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="Most hours of encoding in one night, by the rate of the nights before."
+    )
+    price: Price | None = Field(
+        default=None, description="Highest price of one night, in the unit of `encode.price_per_hour`."
+    )
+
+
+class MigrationConfig(Section):
+    """How the vectors of `next_encoder` come to be while the table goes on serving those of `encoder`."""
+
+    budget: BudgetConfig = Field(
+        default_factory=BudgetConfig, description="What one night may spend; unset: all that is missing."
+    )
+    cutover: Literal["auto", "manual"] = Field(
+        default="auto",
+        description="When every chunk has its next vector and the gate passes: switch the table in the same night, or "
+        "wait for `shoal cutover`.",
+    )
+
+
+class HookConfig(Section):
+    """Whom to tell when a run is over: a command or a webhook, with the run's JSON document."""
+
+    command: Text | None = Field(
+        default=None, description="Shell command; the document comes on its standard input. This or `webhook`."
+    )
+    webhook: (
+        Annotated[str, BeforeValidator(checked(r"https?://[^\s/]+\S*", "write an http:// or https:// address"))] | None
+    ) = Field(default=None, description="URL that the document is sent to by POST; only its host is ever shown.")
+    timeout: Duration = Field(default=timedelta(seconds=30), description="Longest time for one attempt.")
+    retries: NaturalInt = Field(default=2, description="Further attempts when one fails.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.command is None) == (self.webhook is None):
+            raise_all([SettingProblem((("command",), ("webhook",)), "give exactly one of the two")])
         return self
 
 
@@ -633,6 +321,12 @@ class RunConfig(Section):
     source: SourceConfig = Field(description="Where the rows come from.")
     chunk: ChunkConfig | None = Field(default=None, description="How texts are cut; without it a row is one chunk.")
     encoder: EncoderConfig = Field(description="What turns text into vectors.")
+    next_encoder: EncoderConfig | None = Field(
+        default=None, description="The encoder to come: its vectors are made beside the serving ones, night by night."
+    )
+    migration: MigrationConfig = Field(
+        default_factory=MigrationConfig, description="How the next encoder takes over; needs `next_encoder`."
+    )
     destination: DestinationConfig = Field(description="The Delta table to keep in step.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="When a run stops instead of publishing.")
     gate: GateConfig | None = Field(
@@ -640,6 +334,15 @@ class RunConfig(Section):
     )
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Where runs are recorded.")
     encode: EncodeConfig = Field(default_factory=EncodeConfig, description="Speed and price of the encode phase.")
+    maintenance: Literal["manual", "auto"] = Field(
+        default="manual",
+        description="auto: a run also compacts the table and vacuums what `destination.retain` has passed, when due. "
+        "manual: `shoal status` says when `shoal optimize` and `shoal vacuum` are due.",
+    )
+    on_success: HookConfig | None = Field(
+        default=None, description="Whom to tell of a run that published, or found nothing to do."
+    )
+    on_failure: HookConfig | None = Field(default=None, description="Whom to tell of a run that did not get through.")
     spark: SparkConfig = Field(default_factory=SparkConfig, description="How Spark is opened.")
 
     _folder: Path | None = PrivateAttr(default=None)
@@ -662,8 +365,26 @@ class RunConfig(Section):
             if place is not None and place == getattr(self.source, name):
                 advice = "a run cannot publish over its own source; choose another destination"
                 problems.append(SettingProblem((("source", name), ("destination", name)), advice))
-        _raise_all(problems)
+        problems += self._migration_problems()
+        raise_all(problems)
         return self
+
+    def _migration_problems(self) -> list[SettingProblem]:
+        problems = []
+        if self.next_encoder is None and self.migration != MigrationConfig():
+            advice = "without a next encoder there is nothing to migrate to; name it, or remove `migration`"
+            problems.append(SettingProblem((("migration",), ("next_encoder",)), advice))
+        if self.next_encoder == self.encoder:
+            advice = "the two are the same, so there is nothing to migrate to; remove next_encoder, or change it"
+            problems.append(SettingProblem((("next_encoder",), ("encoder",)), advice))
+        if self.migration.budget.price is not None and self.encode.price_per_hour is None:
+            advice = "without a price per hour there is no price to keep to; set it, or remove the budget's price"
+            problems.append(SettingProblem((("migration", "budget", "price"), ("encode", "price_per_hour")), advice))
+        limit = self.next_encoder.max_tokens if self.next_encoder else None
+        if self.chunk is not None and limit is not None and self.chunk.tokens > limit:
+            advice = "the next encoder would cut the end off full chunks; make chunks smaller or raise the maximum"
+            problems.append(SettingProblem((("chunk", "tokens"), ("next_encoder", "max_tokens")), advice))
+        return problems
 
     def mask(self, text: str) -> str:
         """The text with every value that came from the environment, and credentials in addresses, as `***`."""
@@ -674,6 +395,9 @@ class RunConfig(Section):
             for secret in (str(value), repr(value)):
                 if value is not None and len(str(value)) >= MIN_MASKED:
                     text = text.replace(secret, MASK)
+        for hook in (self.on_success, self.on_failure):
+            if hook is not None and hook.webhook is not None:
+                text = text.replace(hook.webhook, masked_address(hook.webhook))
         return scrub(text, pairs=True)
 
     @property
@@ -690,8 +414,3 @@ class RunConfig(Section):
     def experiment(self) -> str:
         """The MLflow experiment of the run."""
         return self.tracking.experiment or self.name
-
-
-def _raise_all(problems: list[SettingProblem]) -> None:
-    if problems:
-        raise SettingsError(problems)

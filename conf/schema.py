@@ -1,12 +1,14 @@
 """The settings described for others: a JSON Schema for editors, and the reference table of the README."""
 
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
 from shoal.conf.loader import section_of
-from shoal.conf.run import RunConfig, Section
+from shoal.conf.run import RunConfig
+from shoal.conf.section import Section
 from shoal.conf.values import Limit, format_duration
 
 
@@ -30,12 +32,15 @@ def json_schema() -> dict[str, Any]:
 
 def field_table() -> str:
     """A Markdown table per section: setting, default, documentation; the README holds exactly this text."""
-    tables = [_table("Run file", RunConfig)]
-    for name, field in RunConfig.model_fields.items():
+    return "\n\n".join([_table("Run file", RunConfig), *_tables_within(RunConfig, "")]) + "\n"
+
+
+def _tables_within(outer: type[Section], prefix: str) -> Iterator[str]:
+    for name, field in outer.model_fields.items():
         section = section_of(field.annotation)
         if section is not None:
-            tables.append(_table(f"`{name}`", section))
-    return "\n\n".join(tables) + "\n"
+            yield _table(f"`{prefix}{name}`", section)
+            yield from _tables_within(section, f"{prefix}{name}.")
 
 
 def _table(title: str, section: type[Section]) -> str:

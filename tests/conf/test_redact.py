@@ -49,3 +49,9 @@ def test_credentials_inside_a_uri_are_masked(text: str, shown: str) -> None:
 
 def test_secret_pairs_are_masked_where_the_entry_is_free() -> None:
     assert scrub("-Dlevel=1 -Djavax.net.ssl.keyStorePassword=abc", pairs=True).endswith("keyStorePassword=***")
+
+
+def test_a_setting_that_a_message_begins_with_hides_nothing() -> None:
+    told = "source.key: 4 rows share their key (id) with another row"
+    assert scrub(told, pairs=True) == told
+    assert scrub("accountKey=abc; ok", pairs=True) == "accountKey=***; ok"

@@ -11,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from shoal.conf.loader import load_run, section_of
-from shoal.conf.run import RunConfig, Section, dotted
+from shoal.conf.run import RunConfig
+from shoal.conf.section import Section, dotted
 from shoal.conf.values import SHOAL_COLUMNS, Limit, MetadataColumn
 
 MINIMAL: dict[str, Any] = {

@@ -1,0 +1,178 @@
+"""The section `source` of a run file: where the rows come from, what identifies one, and what its text is."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from shoal.conf.section import (
+    FreeEntries,
+    Names,
+    NaturalInt,
+    Paths,
+    Section,
+    SettingPath,
+    SettingProblem,
+    Text,
+    TextTemplate,
+    Timestamp,
+    raise_all,
+)
+from shoal.conf.template import Template, parse_template
+from shoal.conf.values import MetadataColumn, parse_column
+
+
+class SourceConfig(Section):
+    """Where the rows come from, what identifies one, and what its text is."""
+
+    format: Literal["delta", "parquet", "json", "csv", "text", "table", "query"] = Field(
+        description="What the source is: a Delta table by path, files (json is one object per line, text is one row "
+        "per file, subfolders included; an empty file gives none), a catalog table or view, or an SQL query."
+    )
+    path: Paths | None = Field(
+        default=None,
+        description="File, folder, glob or URI to read, or a list of them (Delta: one). For every format but table "
+        "and query.",
+    )
+    table: Text | None = Field(default=None, description="Name of the catalog table or view; format table only.")
+    query: Text | None = Field(
+        default=None, description="SQL query whose result is the source; format query only. A place to rename and join."
+    )
+    version: NaturalInt | None = Field(
+        default=None, description="Delta version to read; without it the newest. Format delta or table."
+    )
+    timestamp: Timestamp | None = Field(
+        default=None,
+        description="Point in time to read a Delta table at, such as 2026-01-31 or 2026-01-31T06:00:00Z. Format delta "
+        "or table.",
+    )
+    options: FreeEntries = Field(
+        default_factory=dict, description="Options of Spark's reader, such as `header: true` for csv."
+    )
+    schema_ddl: Text | None = Field(
+        default=None,
+        alias="schema",
+        description="Columns and types as Spark DDL (`id STRING, body STRING`), instead of inferring them. Format "
+        "json, csv or parquet.",
+    )
+    key: Names = Field(
+        description="Column, or columns, that identify a row; `id AS doc_id` publishes under another name. Never "
+        "NULL, never floating point. Format text: `path` unless set."
+    )
+    text: TextTemplate = Field(
+        description="What is encoded: a column, or a template such as `{title}\\n{body}` (`{{` is a plain brace). A "
+        "NULL field renders as the empty string; a row whose fields are all NULL is an error `null_text`. Format "
+        "text: `text` unless set."
+    )
+    filter: Text | None = Field(default=None, description="SQL condition; rows for which it is not true are ignored.")
+    columns: Names = Field(
+        default=(),
+        description="Metadata columns that travel with a row; `body AS summary` publishes under another name.",
+    )
+    duplicates: Literal["error", "keep_first"] = Field(
+        default="error",
+        description="What to do when several rows have one key: stop, or keep one of them, the same in every run.",
+    )
+    changes: Literal["auto", "snapshot"] = Field(
+        default="auto",
+        description="How a night finds what is new: auto reads the change feed of a Delta source where it has one and "
+        "it reaches back far enough, snapshot always compares the whole source with the table. Both give the same.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_files_need_no_names(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("format") == "text":
+            return {"key": "path", "text": "text", **data}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        raise_all([*self._place_problems(), *self._column_problems()])
+        return self
+
+    def _place_problems(self) -> Iterator[SettingProblem]:
+        wanted = self.format if self.format in ("table", "query") else "path"
+        for name in ("path", "table", "query"):
+            given = getattr(self, name) is not None
+            if given and name != wanted:
+                yield SettingProblem(
+                    (("format",), (name,)), f"a source of this format takes source.{wanted}; remove source.{name}"
+                )
+            if not given and name == wanted:
+                yield SettingProblem((("format",), (name,)), f"say what to read in source.{name}")
+        if self.format == "delta" and isinstance(self.path, list):
+            yield SettingProblem((("path",),), "a Delta source is one folder; read several with format query and UNION")
+        pins = [name for name in ("version", "timestamp") if getattr(self, name) is not None]
+        if len(pins) == 2:
+            yield SettingProblem((("version",), ("timestamp",)), "they pin the same thing; keep one of the two")
+        if pins and self.format not in ("delta", "table"):
+            advice = "only format delta and table have versions; remove it"
+            yield SettingProblem((("format",), (pins[0],)), advice)
+        if self.schema_ddl is not None and self.format not in ("json", "csv", "parquet"):
+            yield SettingProblem((("format",), ("schema",)), "it has no effect on this format; remove it")
+        if self.options and self.format in ("table", "query"):
+            yield SettingProblem((("format",), ("options",)), "they have no effect on this format; remove them")
+        for option in self.options:
+            if option.lower() in ("versionasof", "timestampasof"):
+                name = "version" if option.lower() == "versionasof" else "timestamp"
+                yield SettingProblem((("options", option),), f"use source.{name}, so that the version is recorded")
+
+    def _column_problems(self) -> Iterator[SettingProblem]:
+        names = [
+            ((field, index), column)
+            for field, columns in (("key", self.key_columns), ("columns", self.metadata_columns))
+            for index, column in enumerate(columns)
+        ]
+        if not self.key:
+            yield SettingProblem((("key",),), "name at least one column that identifies a row")
+        seen: dict[str, SettingPath] = {}
+        for path, column in names:
+            alike = column.name.lower()
+            if alike in seen:
+                first = seen[alike]
+                where = "key columns are published anyway" if first[0] == "key" != path[0] else "it is there already"
+                yield SettingProblem((first, path), f"{where}; remove it, or rename one with 'name AS new'")
+            seen.setdefault(alike, path)
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths as a list, empty for table and query."""
+        return [] if self.path is None else [self.path] if isinstance(self.path, str) else list(self.path)
+
+    @property
+    def key_columns(self) -> tuple[MetadataColumn, ...]:
+        """The key columns, each with its name in the source and its published name."""
+        return tuple(parse_column(entry) for entry in self.key)
+
+    @property
+    def metadata_columns(self) -> tuple[MetadataColumn, ...]:
+        """The metadata columns, each with its name in the source and its published name."""
+        return tuple(parse_column(entry) for entry in self.columns)
+
+    @property
+    def key_names(self) -> tuple[str, ...]:
+        """The published names of the key columns."""
+        return tuple(column.name for column in self.key_columns)
+
+    @property
+    def metadata_names(self) -> tuple[str, ...]:
+        """The published names of the metadata columns."""
+        return tuple(column.name for column in self.metadata_columns)
+
+    @property
+    def template(self) -> Template:
+        """`source.text`, parsed."""
+        return parse_template(self.text)
+
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        """The source columns that the text is made of, each once, in order of first use."""
+        return self.template.fields
+
+    @property
+    def needed_columns(self) -> tuple[str, ...]:
+        """Every source column that a run reads (keys, text, metadata), each once: what must exist."""
+        keys = [column.source for column in self.key_columns]
+        metadata = [column.source for column in self.metadata_columns]
+        return tuple(dict.fromkeys([*keys, *self.text_fields, *metadata]))
