@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from threading import Event
 
 from py4j.protocol import Py4JJavaError
 from pyspark import inheritable_thread_target
@@ -10,6 +11,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from shoal.conf.errors import WorkerError
 from shoal.jobs.layout import TableRef
 from shoal.jobs.prepare import worker_error
 from shoal.jobs.staging import append_wave
@@ -22,6 +24,14 @@ from shoal.udfs.schema import ENCODE_OUTPUT_DDL
 
 # While one wave commits and its last tasks run out, the next one's tasks have the free slots.
 WAVES_IN_FLIGHT = 2
+
+# What Spark says when a Python worker, or the executor around it, was gone before it had answered.
+_DEATHS = (
+    "Python worker exited unexpectedly",
+    "ExecutorLostFailure",
+    "Connection reset",
+    "Broken pipe",
+)
 
 
 def encode_waves(
@@ -37,23 +47,47 @@ def encode_waves(
     canaries: Canaries | None,
     progress: ProgressTarget | None,
     step: Callable[[str], None],
+    warn: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Encodes `todo` and appends it to staging, a commit per wave; `step` is called before and after each commit.
 
-    At the first wave that fails no further one is started and those in flight are cancelled; waves that have been
-    committed stay. Raises WorkerError when an executor refuses (its canaries moved, no device), RunError otherwise.
+    A wave that keeps killing its Python workers is encoded again with the encoder in a process of its own, and the
+    chunk at fault becomes an error; `warn` is told. At the first wave that fails otherwise no further one is started
+    and those in flight are cancelled; waves that have been committed stay. Raises WorkerError when an executor refuses
+    (its canaries moved, no device), RunError otherwise.
     """
     encode_group = f"shoal-encode-{run_id}"
+    stopped = Event()
 
-    def encode(wave: int) -> None:
+    def attempt(wave: int, *, isolated: bool) -> None:
+        how = ", isolated" if isolated else ""
         spark.sparkContext.setJobGroup(
-            encode_group, f"shoal: encode wave {wave + 1} of {num_waves}", interruptOnCancel=True
+            encode_group, f"shoal: encode wave {wave + 1} of {num_waves}{how}", interruptOnCancel=True
         )
         target = None if progress is None else replace(progress, wave=wave)
         texts = in_slots(todo.where(F.col("wave") == wave), num_slots).select("content_hash", "text")
-        vectors = texts.mapInArrow(make_encode(spec, options, canaries, target), ENCODE_OUTPUT_DDL)
+        function = make_encode(spec, options, canaries, target, isolated=isolated)
+        append_wave(
+            texts.mapInArrow(function, ENCODE_OUTPUT_DDL),
+            ref,
+            fingerprint=spec.fingerprint,
+            run_id=run_id,
+            wave=str(wave),
+        )
+
+    def encode(wave: int) -> None:
         step(f"wave {wave} started")
-        append_wave(vectors, ref, fingerprint=spec.fingerprint, run_id=run_id, wave=str(wave))
+        try:
+            attempt(wave, isolated=False)
+        except (PySparkException, Py4JJavaError) as error:
+            if stopped.is_set() or not killed_its_worker(error):
+                raise
+            warn(
+                f"wave {wave + 1} of {num_waves} ended its Python workers (killed, crashed or hung); it is encoded "
+                "again with the encoder in a process of its own, to find the chunks at fault"
+            )
+            step(f"wave {wave} isolated")
+            attempt(wave, isolated=True)
         step(f"wave {wave} staged")
 
     with ThreadPoolExecutor(WAVES_IN_FLIGHT, thread_name_prefix="shoal-wave") as pool:
@@ -67,10 +101,19 @@ def encode_waves(
                 for future in done:
                     future.result()
         except BaseException as error:
+            stopped.set()
             spark.sparkContext.cancelJobGroup(encode_group)
             if isinstance(error, (PySparkException, Py4JJavaError)):
                 raise worker_error(error) from error
             raise
+
+
+def killed_its_worker(error: PySparkException | Py4JJavaError) -> bool:
+    """Whether a job failed because what ran it was gone, or its device: its chunks may be what ended it."""
+    failure = worker_error(error)
+    return failure.code == "DEVICE_FAILED" or (
+        failure.code == WorkerError.default_code and any(words in str(error) for words in _DEATHS)
+    )
 
 
 def in_slots(rows: DataFrame, num_slots: int) -> DataFrame:

@@ -61,7 +61,8 @@ class Canaries:
         if vectors_CD.shape != self.vectors_CD.shape:
             raise WorkerError(
                 f"encoder {self.fingerprint} gave canary vectors of shape {vectors_CD.shape} here, and "
-                f"{self.vectors_CD.shape} when its table was made; use the release of Shoal that made the table"
+                f"{self.vectors_CD.shape} when its table was made; use the release of Shoal that made the table",
+                code="CANARIES_MOVED",
             )
         cosines_C = cosines(vectors_CD, self.vectors_CD)
         worst = int(np.argmin(cosines_C))
@@ -72,7 +73,8 @@ class Canaries:
                 f"encoder {self.fingerprint} has moved on {platform.node()}: canary {worst} "
                 f"({canary_texts()[worst][:40]!r}) has cosine {cosines_C[worst]:.7f} with its first vector, below "
                 f"{limit:.7f} ({versions}); go back to the libraries and weights that made the table, or "
-                "publish to a new destination"
+                "publish to a new destination",
+                code="CANARIES_MOVED",
             )
         return cosines_C
 

@@ -124,7 +124,9 @@ def describe_checkpoint(config: EncoderConfig, folder: str, *, revision: str | N
 def read_modules(root: Path, *, trust_remote_code: bool = False) -> list[Module]:
     """The modules of a model folder in the order of a forward pass; ModelError where they cannot be used."""
     if not root.is_dir():
-        raise ModelError(f"encoder.model: {str(root)!r} is not a folder; give a folder that holds a model")
+        raise ModelError(
+            f"encoder.model: {str(root)!r} is not a folder; give a folder that holds a model", code="MODEL_NOT_FOUND"
+        )
     listing = root / "modules.json"
     if listing.is_file():
         modules = [_module(root, entry) for entry in _module_entries(listing)]

@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -23,15 +24,19 @@ from shoal.conf.errors import ShoalError, WorkerError
 from shoal.udfs import reasons
 from shoal.udfs.canaries import Canaries, canary_texts, library_versions
 from shoal.udfs.encoder import Encoded, EncodeOptions, Encoder
-from shoal.udfs.encoder_cache import cached_encoder
+from shoal.udfs.encoder_cache import cached_encoder, drop_encoder
 from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.feeding import encode_windows
+from shoal.udfs.isolation import IsolatedEncoder
 from shoal.udfs.progress import Counts, ProgressSender, ProgressTarget
 from shoal.udfs.resolution import resolve
 from shoal.udfs.schema import ENCODE_OUTPUT, PROBE_OUTPUT
 from shoal.udfs.vectors import to_list_array
 
 ArrowFunction = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+
+ISOLATED_ATTEMPTS = 1000
+"""Added to the attempts of an isolated wave, so that its counts replace those of the attempts that died."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +115,18 @@ def make_encode(
     options: EncodeOptions,
     canaries: Canaries | None = None,
     progress: ProgressTarget | None = None,
+    *,
+    isolated: bool = False,
 ) -> ArrowFunction:
     """A `mapInArrow` function ENCODE_INPUT -> ENCODE_OUTPUT: one batch out for each batch in, rows in their order.
 
     The encoder is built at the first row of the first task and kept for the Python worker's life; empty partitions
-    build none. Canaries, if given, are checked once per encoder. One batch is read ahead.
+    build none. Canaries, if given, are checked once per encoder. One batch is read ahead. `isolated`: the encoder lives
+    in a process of its own for each task, and a chunk that kills or hangs that process is an error.
     """
 
     def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        return encode_batches(batches, spec, options, canaries, progress)
+        return encode_batches(batches, spec, options, canaries, progress, isolated=isolated)
 
     return encode
 
@@ -129,6 +137,8 @@ def encode_batches(
     options: EncodeOptions,
     canaries: Canaries | None = None,
     progress: ProgressTarget | None = None,
+    *,
+    isolated: bool = False,
 ) -> Iterator[pa.RecordBatch]:
     """What the function of `make_encode` does; what it raises names partition, first content hash and fingerprint."""
     task = Task.current(options)
@@ -144,10 +154,19 @@ def encode_batches(
     first = next(texts, None)
     if first is None:
         return
-    sender = ProgressSender(progress, task.partition, task.attempt)
+    sender = ProgressSender(progress, task.partition, task.attempt + ISOLATED_ATTEMPTS * isolated)
     counts = Counts()
+    held = ExitStack()
+    held.callback(sender.close)
     try:
-        encoder = worker_encoder(spec, task, options, canaries)
+        encoder: Encoder
+        if isolated:
+            # The device may have no room for the weights of an earlier wave beside those of the child.
+            drop_encoder((task.device, options.role))
+            options = prepare_worker(task, options)
+            encoder = held.enter_context(IsolatedEncoder(spec, task.device, options, canaries))
+        else:
+            encoder = worker_encoder(spec, task, options, canaries)
         for encoded in encode_windows(encoder, _chain(first, texts)):
             window = windows.pop(0)
             yield window.output(encoded, spec.dim)
@@ -159,14 +178,14 @@ def encode_batches(
             )
             sender.send(counts)
     except ShoalError as error:
-        raise type(error)(f"{_where(task, windows, spec)}: {error}") from error
+        raise type(error)(f"{_where(task, windows, spec)}: {error}", code=error.code) from error
     except Exception as error:
         raise WorkerError(
             f"{_where(task, windows, spec)}: encoding stopped with {type(error).__name__}: {error}; the task is tried "
             "again, and if it keeps failing the cause below is the one to look at"
         ) from error
     finally:
-        sender.close()
+        held.close()
 
 
 def make_probe(spec: EncoderSpec, options: EncodeOptions) -> ArrowFunction:
@@ -217,13 +236,14 @@ def worker_encoder(spec: EncoderSpec, task: Task, options: EncodeOptions, canari
 def prepare_worker(task: Task, options: EncodeOptions) -> EncodeOptions:
     """Options with their threads settled, and an environment that keeps the hub off and the tokenizer to them.
 
-    Rayon, under the tokenizer, takes every core of the machine and ignores OMP_NUM_THREADS.
+    Rayon, under the tokenizer, takes every core of the machine and ignores OMP_NUM_THREADS. A Python worker of Spark's
+    is ended when it hangs, any other process is not.
     """
     threads = options.threads or task.cpus
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    return dataclasses.replace(options, threads=threads)
+    return dataclasses.replace(options, threads=threads, exit_when_hung=TaskContext.get() is not None)
 
 
 def processor_name() -> str:

@@ -31,7 +31,8 @@ class EncodeOptions:
 
     token_budget: padded tokens of one forward pass; None finds it. time_limit_s: seconds for one microbatch.
     threads: CPU threads of this Python worker; None leaves what the task was given. device: "cpu", "cuda:0"; None takes
-    the GPU that Spark gave the task, else the CPU.
+    the GPU that Spark gave the task, else the CPU. exit_when_hung: whether the process is one that may be ended when a
+    forward pass never returns; a Python worker is.
     """
 
     token_budget: int | None = None
@@ -39,6 +40,7 @@ class EncodeOptions:
     threads: int | None = None
     role: Role = "document"
     device: str | None = None
+    exit_when_hung: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,7 +59,8 @@ def _build(spec: EncoderSpec, device: str, options: EncodeOptions) -> Encoder:
             if not left:
                 raise WorkerError(
                     f"encoder {spec.reference!r} does not fit into the memory of {device} ({error}); give the task "
-                    "more memory, run fewer tasks per device, or choose a smaller encoder"
+                    "more memory, run fewer tasks per device, or choose a smaller encoder",
+                    code="DEVICE_MEMORY",
                 ) from error
             logger.warning("no memory for encoder %s on %s yet; waiting", spec.reference, device)
         gc.collect()

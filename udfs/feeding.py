@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -22,6 +23,7 @@ from shoal.udfs.batching import TokenBudget, plan_microbatches
 from shoal.udfs.encoder import Encoded, Encoder
 from shoal.udfs.tokenizing import Tokenized
 from shoal.udfs.vectors import check_vectors
+from shoal.udfs.watchdog import WATCHDOG, patience_s
 
 logger = logging.getLogger(__name__)
 
@@ -84,19 +86,27 @@ class Feeder:
     """Feeds a model: microbatches by token budget, longest first, split until a poison chunk stands alone.
 
     The time limit holds for one microbatch. A back end that can be broken off (torch on a CPU between two layers,
-    OpenVINO anywhere) raises TimeoutError, and the microbatch is split like any other that failed. A CUDA kernel that
-    hangs cannot be broken off from Python: Spark's own watchdog is the last resort there.
+    OpenVINO anywhere) raises TimeoutError, and the microbatch is split like any other that failed. What hangs in C code
+    or a CUDA kernel cannot be broken off: with `exit_when_hung` the process ends, and `isolation.py` finds the chunk.
     """
 
-    def __init__(self, model: Model, budget: TokenBudget, *, time_limit_s: float, normalize: bool) -> None:
+    def __init__(
+        self, model: Model, budget: TokenBudget, *, time_limit_s: float, normalize: bool, exit_when_hung: bool = False
+    ) -> None:
         self.budget = budget
         self._model = model
         self._time_limit_s = time_limit_s
         self._normalize = normalize
+        self._exit_when_hung = exit_when_hung
 
     def prepare(self, texts: list[str]) -> Tokenized:
         """Tokenise a window; may run in another thread than `encode`."""
-        return self._model.tokenize(texts)
+        with self._watched():
+            return self._model.tokenize(texts)
+
+    def _watched(self) -> AbstractContextManager[None]:
+        """Watches one step that cannot be broken off: a window's tokenizing, a microbatch's start or end."""
+        return WATCHDOG.watching(patience_s(self._time_limit_s)) if self._exit_when_hung else nullcontext()
 
     def encode(self, window: Tokenized) -> Encoded:
         """Vectors of a window in its order; WorkerError when the device is lost, ModelError for a wrong dim."""
@@ -133,7 +143,8 @@ class Feeder:
                     waiting = self._plan(window, np.concatenate([entry.rows for entry in reversed(waiting)]))
                 microbatch = waiting.pop()
                 try:
-                    finish = self._model.start([window.items_N[row] for row in microbatch.rows], self._time_limit_s)
+                    with self._watched():
+                        finish = self._model.start([window.items_N[row] for row in microbatch.rows], self._time_limit_s)
                 except Exception as error:  # noqa: BLE001 - whatever one microbatch raises is the reason of an error row
                     while in_flight:
                         padded += self._finish(window, *in_flight.popleft(), vectors_ND, errors, waiting)
@@ -163,7 +174,8 @@ class Feeder:
     ) -> int:
         lengths = window.n_tokens_N[microbatch.rows]
         try:
-            vectors_BD = finish()
+            with self._watched():
+                vectors_BD = finish()
         except Exception as error:  # noqa: BLE001 - as above
             waiting += self._split(microbatch, error, errors)
         else:
@@ -181,7 +193,8 @@ class Feeder:
         if reason is None:
             raise WorkerError(
                 f"the device failed in a forward pass ({type(error).__name__}: {error}); no vector was lost: the task "
-                "is tried again in a new Python worker, and if it keeps failing, look at the device"
+                "is tried again in a new Python worker, and if it keeps failing, look at the device",
+                code="DEVICE_FAILED",
             ) from error
         before = microbatch.budget_before
         if reason == reasons.OUT_OF_MEMORY:

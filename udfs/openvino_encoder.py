@@ -120,6 +120,7 @@ class OpenVinoEncoder:
             initial_budget(device, options.token_budget),
             time_limit_s=options.time_limit_s,
             normalize=spec.normalize,
+            exit_when_hung=options.exit_when_hung,
         )
 
     def encode(self, texts: list[str]) -> Encoded:

@@ -11,9 +11,12 @@ ZERO_VECTOR: Final = "zero_vector"
 OUT_OF_MEMORY: Final = "out_of_memory"
 TIME_LIMIT: Final = "time_limit"
 ENCODER_ERROR: Final = "encoder_error"
+WORKER_DIED: Final = "worker_died"
 
 PERMANENT: Final[frozenset[str]] = frozenset({NULL_TEXT, BLANK_TEXT, INVALID_UTF8})
 """Reasons that lie in the content: encoding it again gives the same, so these errors count as done."""
 
-TRANSIENT: Final[frozenset[str]] = frozenset({NON_FINITE, ZERO_VECTOR, OUT_OF_MEMORY, TIME_LIMIT, ENCODER_ERROR})
+TRANSIENT: Final[frozenset[str]] = frozenset(
+    {NON_FINITE, ZERO_VECTOR, OUT_OF_MEMORY, TIME_LIMIT, ENCODER_ERROR, WORKER_DIED}
+)
 """Reasons that another run, machine or release may not meet: these chunks are tried again."""

@@ -66,7 +66,8 @@ def resolve(spec: EncoderSpec, device: str, options: EncodeOptions | None = None
         failures.append(f"{backend}: cosine {parity_C.min():.6f} with float32 torch, below {limit:.6f}")
     raise WorkerError(
         f"encoder {spec.reference!r} in {spec.precision} on {device} has no back end that agrees with float32 torch "
-        f"({'; '.join(failures)}); set encoder.precision: float32 or encoder.backend: torch"
+        f"({'; '.join(failures)}); set encoder.precision: float32 or encoder.backend: torch",
+        code="BACKEND_DISAGREES",
     )
 
 
