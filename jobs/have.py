@@ -1,6 +1,6 @@
 """The vectors that an encoder has already: staged, published, or in earlier versions of the table."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 from py4j.protocol import Py4JJavaError
@@ -8,11 +8,18 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
+from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import TableRef
-from shoal.jobs.published import Published, commits
+from shoal.jobs.planner import NOTHING, ChunkPlan, Keep, Waves, key_range, near, without
+from shoal.jobs.published import Commit, Published, commits
 from shoal.jobs.staging import staged_vectors
 
 VECTOR_COLUMNS = ("content_hash", "embedding", "n_tokens", "truncated", "embedded_at")
+
+# What an earlier version is worth: reading a hash against encoding a chunk, in seconds of one core. Small tables are
+# looked through a little in any case.
+SECONDS_PER_CHUNK, SECONDS_PER_HASH, SECONDS_PER_VERSION = 2e-3, 2e-7, 0.2
+FREE_VERSIONS, FREE_ROWS, MAX_VERSIONS = 4, 1_000_000, 30
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,8 @@ class Have:
 
     staged: DataFrame | None
     published: tuple[DataFrame, ...]
+    keys: tuple[str, ...] = ()
+    """Key columns of the published rows, by which Delta can skip their files."""
 
     def hashes(self) -> DataFrame | None:
         """Content hashes with a vector, doubles included; None when there is nowhere to look."""
@@ -47,9 +56,29 @@ class Have:
 
         The window is partitioned as the join that follows is, and so costs no shuffle of its own.
         """
-        found = self.columns(needed, *VECTOR_COLUMNS[1:])
+        found = self._holding(needed).columns(needed, *VECTOR_COLUMNS[1:])
         best = Window.partitionBy("content_hash").orderBy("rank", "embedded_at")
         return found.withColumn("__nth", F.row_number().over(best)).where("__nth = 1").select(*VECTOR_COLUMNS)
+
+    def _holding(self, needed: DataFrame) -> "Have":
+        """The same without the published files that hold nothing of what is needed: reads their hashes and keys once.
+
+        Of several rows that hold a content the one with the greatest key counts: as a rule the newest, near the others.
+        """
+        if self.staged is not None:
+            needed = needed.join(self.staged.select("content_hash"), on="content_hash", how="left_anti")
+        holders = []
+        for source in self.published:
+            if not set(self.keys) <= set(source.columns):
+                # An earlier version may have been keyed by other columns.
+                holders.append(source)
+                continue
+            key = F.max(F.struct(*[quoted(name) for name in self.keys])).alias("__key")
+            found = source.join(needed, on="content_hash", how="left_semi").groupBy("content_hash").agg(key)
+            conditions = key_range(found.select("__key.*"), self.keys)
+            if conditions != NOTHING:
+                holders.append(near(source, conditions))
+        return replace(self, published=tuple(holders))
 
 
 def find_have(
@@ -58,14 +87,73 @@ def find_have(
     """Staging, where there is one, then the published table, or its earlier versions if it is another encoder's."""
     rows: list[DataFrame] = []
     if published is not None and published.fingerprint == fingerprint:
-        rows.append(_with_vector(published.rows(spark)))
+        rows.append(_with_vector(published.trusted_rows(spark)))
+        if (before := published.ours_rows(spark)) is not None:
+            rows.append(_with_vector(before))
     elif published is not None:
         rows += _earlier(spark, ref, fingerprint)
-    return Have(staged_vectors(spark, ref, fingerprint) if staged else None, tuple(rows))
+    keys = published.keys if published else ()
+    return Have(staged_vectors(spark, ref, fingerprint) if staged else None, tuple(rows), keys)
+
+
+def look_back(
+    spark: SparkSession, published: Published | None, have: Have, chunks: ChunkPlan, keep: Keep, waves: Waves
+) -> tuple[ChunkPlan, Have]:
+    """Takes from what is to be encoded the texts that were published before and have come back since.
+
+    Only versions of the same encoder that rows were taken from since, newest first, and only as many as cost less to
+    look through than to encode anew.
+    """
+    if published is None or chunks.todo is None:
+        return chunks, have
+    found, contents = [], chunks.todo.select("content_hash")
+    for version in _before_removals(spark, published, chunks.num_todo):
+        try:
+            rows = _with_vector(published.ref.read(spark, version))
+            if not rows.join(contents, on="content_hash", how="left_semi").isEmpty():
+                found.append(rows)
+        except (PySparkException, Py4JJavaError):
+            # Vacuumed, or the log no longer reaches back: what cannot be read is encoded again.
+            break
+    if not found:
+        return chunks, have
+    have = replace(have, published=(*have.published, *found))
+    returned = reduce(DataFrame.unionByName, [rows.select("content_hash") for rows in found])
+    return without(chunks, returned, keep, waves), have
+
+
+def _before_removals(spark: SparkSession, published: Published, num_todo: int) -> list[int]:
+    """Versions whose rows the commit that followed took away or replaced, as far back as is worth it."""
+    state = published.ours.state if published.ours else None
+    if state is None or state.record.get("fingerprint") != published.fingerprint:
+        return []
+    num_rows = (state.record.get("rows") or {}).get("source", 0)
+    worth = int(num_todo * SECONDS_PER_CHUNK / (SECONDS_PER_VERSION + num_rows * SECONDS_PER_HASH))
+    number = min(MAX_VERSIONS, max(worth, FREE_VERSIONS if num_rows <= FREE_ROWS else 0))
+    found: list[int] = []
+    since: Commit | None = None
+    for commit in commits(spark, published.ref):
+        if len(found) >= number:
+            break
+        if commit.state is None:
+            continue
+        if commit.state.record.get("fingerprint") != published.fingerprint:
+            break
+        if since is not None and _removed(since):
+            found.append(commit.version)
+        since = commit
+    return found
+
+
+def _removed(commit: Commit) -> bool:
+    """Whether a commit of ours took rows, or their text, out of the table."""
+    rows = (commit.state.record.get("rows") or {}) if commit.state else {}
+    return commit.operation != "MERGE" or bool(rows.get("deleted") or rows.get("changed"))
 
 
 def _with_vector(rows: DataFrame) -> DataFrame:
-    return rows.where(F.col("embedding").isNotNull() & F.col("content_hash").isNotNull())
+    # A constraint of the table keeps one of the two NULL, and the reason is much the smaller column to read.
+    return rows.where(F.col("error").isNull() & F.col("content_hash").isNotNull())
 
 
 def _earlier(spark: SparkSession, ref: TableRef, fingerprint: str) -> list[DataFrame]:

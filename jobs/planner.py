@@ -8,7 +8,9 @@ A run writes each of the three below `work/<run id>` and reads nothing else from
 executors' disks instead. All three are functions of the source, the published table and the run file alone.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from functools import reduce
 from typing import Protocol
 
@@ -16,9 +18,11 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Observation, Window
 from pyspark.sql import functions as F
+from pyspark.sql import types as T
 
 from shoal.conf.errors import SourceError
-from shoal.conf.run import ChunkConfig, SourceConfig
+from shoal.conf.run import ChunkConfig
+from shoal.conf.source import SourceConfig
 from shoal.jobs.filesystem import full_disk
 from shoal.jobs.hashing import content_hash, quoted
 from shoal.jobs.source import ROW_TEXT, SourceRows
@@ -35,6 +39,12 @@ class Keep(Protocol):
     """Stores a DataFrame under a name and gives back what reads it; how differs between a run and `shoal plan`."""
 
     def __call__(self, name: str, table: DataFrame, *, partition_by: str | None = None) -> DataFrame: ...
+
+
+class Take(Protocol):
+    """Picks what to encode now of the contents without a vector (content_hash, text; distinct), and says how many."""
+
+    def __call__(self, missing: DataFrame, number: int) -> tuple[DataFrame, int]: ...
 
 
 # What Spark says when the data is at fault, and not the cluster or the hour.
@@ -98,7 +108,7 @@ class ChunkPlan:
     """Chunks of the rows concerned and the content that has to be encoded.
 
     planned: chunks over all rows; distinct: different contents among those that can be encoded; num_todo of them have
-    no vector yet and are encoded in num_waves waves; errors: planned chunks that can never have one, by reason.
+    no vector yet and are encoded now, in num_waves waves; errors: planned chunks that can never have one, by reason.
     """
 
     chunks: DataFrame
@@ -141,7 +151,7 @@ def plan_rows(
             }
         )
     else:
-        joined = rows.withColumn("__in_source", F.lit(True)).join(_old_rows(published, keys), on=keys, how="full_outer")
+        joined = rows.withColumn("__in_source", F.lit(True)).join(old_rows(published, keys), on=keys, how="full_outer")
     there = F.col("__in_source").isNotNull()
     was = F.col("__was_row").isNotNull()
     action = (
@@ -184,10 +194,84 @@ def plan_rows(
     )
 
 
+def key_range(rows: DataFrame, keys: Sequence[str]) -> list[str]:
+    """Conditions on `t.<key>` that every row here fulfils, with literals, so that Delta skips the other files.
+
+    Only for key columns whose values have an exact literal: others, and a column with a NULL, get no condition. No
+    rows at all give `false`.
+    """
+    types = {key: rows.schema[key].dataType for key in keys}
+    bounds = []
+    for index, key in enumerate(keys):
+        column = F.col(quoted(key))
+        for bound, name in ((F.min, "low"), (F.max, "high")):
+            bounds.append(_exact(bound(column), types[key]).alias(f"{name}{index}"))
+        bounds.append(F.count_if(column.isNull()).alias(f"nulls{index}"))
+    found = rows.agg(F.count(F.lit(1)).alias("n"), *bounds).collect()[0]
+    if not found["n"]:
+        return NOTHING
+    conditions = []
+    for index, key in enumerate(keys):
+        low, high = (_literal(found[f"{name}{index}"], types[key]) for name in ("low", "high"))
+        if low is not None and high is not None and not found[f"nulls{index}"]:
+            conditions += [f"t.{quoted(key)} >= {low}", f"t.{quoted(key)} <= {high}"]
+    return conditions
+
+
+NOTHING = ["false"]
+"""The `key_range` of no rows."""
+
+
+def near(table: DataFrame, conditions: list[str]) -> DataFrame:
+    """The rows of a table within a `key_range`."""
+    return table.alias("t").where(" AND ".join(conditions)) if conditions else table
+
+
+def _exact(bound: Column, data_type: T.DataType) -> Column:
+    """The bound as a string that can be written as a literal again, NULL where there is no such string."""
+    if data_type == T.StringType():
+        return F.when(F.is_valid_utf8(bound), bound)
+    if isinstance(data_type, T.TimestampType):
+        return F.unix_micros(bound).cast("string")
+    if isinstance(data_type, T.IntegralType | T.DateType):
+        return bound.cast("string")
+    return F.lit(None).cast("string")
+
+
+def _literal(bound: str | None, data_type: T.DataType) -> str | None:
+    if bound is None:
+        return None
+    if isinstance(data_type, T.IntegralType):
+        return bound + _SUFFIXES[data_type.typeName()]
+    if isinstance(data_type, T.StringType):
+        escaped = bound.replace("\\", "\\\\").replace("'", "\\'")
+        # Spark puts variables in, even between quotes.
+        return f"'{escaped}'" if bound.isprintable() and "${" not in bound else None
+    if isinstance(data_type, T.DateType):
+        return f"DATE '{bound}'" if len(bound) == len("2026-01-31") and bound[0] != "-" else None
+    try:
+        moment = datetime.fromtimestamp(0, UTC) + timedelta(microseconds=int(bound))
+    except OverflowError:
+        return None
+    return f"TIMESTAMP '{moment:%Y-%m-%d %H:%M:%S.%f}Z'" if moment.year >= 1900 else None
+
+
+_SUFFIXES = {"byte": "Y", "short": "S", "integer": "", "long": "L"}
+
+
 def plan_chunks(
-    rows: RowPlan, chunk: ChunkConfig | None, tokenizer_folder: str, have: DataFrame | None, keep: Keep, waves: "Waves"
+    rows: RowPlan,
+    chunk: ChunkConfig | None,
+    tokenizer_folder: str,
+    have: DataFrame | None,
+    keep: Keep,
+    waves: "Waves",
+    take: Take | None = None,
 ) -> ChunkPlan:
-    """Cuts the rows concerned into chunks, and takes from their content what `have` (content_hash) has already."""
+    """Cuts the rows concerned into chunks, and takes from their content what `have` (content_hash) has already.
+
+    What is left is to be encoded: all of it, or what `take` picks.
+    """
     chunks = keep("chunks", cut(rows.published, chunk, tokenizer_folder))
     contents = chunks.where(F.col("error").isNull()).select("content_hash", "text")
     known = None if have is None else have.distinct().withColumn("__known", F.lit(True))
@@ -206,18 +290,32 @@ def plan_chunks(
     by_reason = {row["error"]: row for row in counts.collect()}
     good = by_reason.get(None)
     num_missing = good["missing"] if good else 0
-    num_waves = waves.number(num_missing) if num_missing else 0
     missing = contents if have is None else contents.join(have, on="content_hash", how="left_anti")
-    todo = keep("todo", deal(missing, num_waves, waves.num_slots), partition_by="wave") if num_missing else None
+    num_todo = num_missing
+    if take is not None and num_missing:
+        missing, num_todo = take(missing.dropDuplicates(["content_hash"]), num_missing)
+    num_waves = waves.number(num_todo) if num_todo else 0
+    todo = keep("todo", deal(missing, num_waves, waves.num_slots), partition_by="wave") if num_todo else None
     return ChunkPlan(
         chunks=chunks,
         todo=todo,
         planned=sum(row["n"] for row in by_reason.values()),
         distinct=good["distinct"] if good else 0,
-        num_todo=num_missing,
+        num_todo=num_todo,
         num_waves=num_waves,
         errors={reason: row["n"] for reason, row in by_reason.items() if reason is not None},
     )
+
+
+def without(plan: ChunkPlan, known: DataFrame, keep: Keep, waves: "Waves") -> ChunkPlan:
+    """The plan with less to encode: the contents of `known` (content_hash) have turned out to have a vector."""
+    assert plan.todo is not None  # noqa: S101 - there is nothing to take from otherwise
+    left = plan.todo.select("content_hash", "text")
+    left = left.join(known.distinct(), on="content_hash", how="left_anti")
+    num_todo = left.count()
+    num_waves = waves.number(num_todo) if num_todo else 0
+    todo = keep("missing", deal(left, num_waves, waves.num_slots), partition_by="wave") if num_todo else None
+    return replace(plan, todo=todo, num_todo=num_todo, num_waves=num_waves)
 
 
 @dataclass(frozen=True)
@@ -286,17 +384,21 @@ def deal(missing: DataFrame, num_waves: int, num_slots: int) -> DataFrame:
 _ACTIONS = (NEW, CHANGED, METADATA_ONLY, DELETED, UNCHANGED, DUPLICATE, NULL_KEY)
 
 
-def _old_rows(published: DataFrame, keys: list[str]) -> DataFrame:
+def old_rows(published: DataFrame, keys: list[str]) -> DataFrame:
     """Keys and hashes of the published rows; `__retry` where a chunk has an error that may pass."""
     # A foreign writer may have doubled a chunk, or left some out: such a row counts as changed, and is written anew.
     whole = (F.count_if(F.col("chunk_index") == 0) == 1) & (F.count(F.lit(1)) == F.max("chunk_index") + 1)
     was_row = F.when(whole, F.min_by("row_hash", "chunk_index"))
-    passing = F.col("error").isNotNull() & ~F.col("error").isin(list(reasons.PERMANENT))
     return published.groupBy(*[quoted(key) for key in keys]).agg(
         F.coalesce(was_row, F.lit(b"")).alias("__was_row"),
         F.coalesce(F.min_by("meta_hash", "chunk_index"), F.lit(b"")).alias("__was_meta"),
-        F.coalesce(F.bool_or(passing), F.lit(False)).alias("__retry"),
+        F.coalesce(F.bool_or(passing_error()), F.lit(False)).alias("__retry"),
     )
+
+
+def passing_error() -> Column:
+    """Whether a published chunk has an error that may pass; NULL or false for all others."""
+    return F.col("error").isNotNull() & ~F.col("error").isin(list(reasons.PERMANENT))
 
 
 def _bad_keys(rows: DataFrame, keys: list[str], num_null: int, num_duplicate: int) -> SourceError:
@@ -304,13 +406,15 @@ def _bad_keys(rows: DataFrame, keys: list[str], num_null: int, num_duplicate: in
     if num_null:
         return SourceError(
             f"source.key: {num_null} rows have NULL in ({named}); filter them out with source.filter, or fill "
-            "them in a query source"
+            "them in a query source",
+            code="KEY_NULL",
         )
     shown = rows.where(F.col(ACTION) == DUPLICATE).select(*[quoted(key) for key in keys]).distinct().limit(3).collect()
     examples = "; ".join(", ".join(f"{key}={row[key]!r}" for key in keys) for row in shown)
     return SourceError(
         f"source.key: {num_duplicate} rows share their key ({named}) with another row, for example {examples}; choose "
-        f"columns that tell rows apart, or set source.duplicates: keep_first"
+        f"columns that tell rows apart, or set source.duplicates: keep_first",
+        code="KEY_DUPLICATE",
     )
 
 

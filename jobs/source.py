@@ -1,6 +1,7 @@
 """Reads a source as rows of (key columns, text, metadata columns), each with its row hash and metadata hash."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -11,7 +12,8 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from shoal.conf.errors import SourceError
-from shoal.conf.run import ChunkConfig, SourceConfig
+from shoal.conf.run import ChunkConfig
+from shoal.conf.source import SourceConfig
 from shoal.conf.template import FieldPart
 from shoal.jobs.hashing import columns_hash, encode_string, hash128, quoted
 
@@ -30,6 +32,9 @@ _KEY_TYPES = (
 ROW_TEXT = "__shoal_text"
 """Name of the rendered text until it meets the published column `text`; users' own columns cannot be called so."""
 
+SIGN = "__sign"
+"""Whether a row of the change feed came (1) or went (-1)."""
+
 
 @dataclass(frozen=True)
 class SourceRows:
@@ -39,6 +44,8 @@ class SourceRows:
     keys: tuple[str, ...]
     metadata: tuple[str, ...]
     version: int | None
+    columns: str = ""
+    """The source's own columns and their types, whether the run reads them or not."""
 
 
 def read_source(
@@ -51,39 +58,72 @@ def read_source(
     """
     version = _pinned_version(spark, source)
     table = _load(spark, source, version)
+    rows = _shaped(table, source, chunk, limit=limit)
+    return SourceRows(rows, source.key_names, source.metadata_names, version, table.schema.simpleString())
+
+
+def read_changes(
+    spark: SparkSession, source: SourceConfig, chunk: ChunkConfig | None, *, first: int, last: int
+) -> DataFrame:
+    """The change feed of a Delta source from version `first` to `last`, filtered and shaped as `read_source` does it.
+
+    SIGN is 1 for a row that came and -1 for one that went; an update is both. Nothing is scanned here.
+    """
+    reader = spark.read.format("delta").options(**source.options).option("readChangeFeed", "true")
+    reader = reader.option("startingVersion", first).option("endingVersion", last)
+    feed = reader.table(_sql_name(source.table or "")) if source.format == "table" else reader.load(source.paths[0])
+    came = F.when(F.col("_change_type").isin("insert", "update_postimage"), 1)
+    sign = came.when(F.col("_change_type").isin("delete", "update_preimage"), -1)
+    return _shaped(feed.withColumn(SIGN, sign), source, chunk, also=[SIGN])
+
+
+def _shaped(
+    table: DataFrame,
+    source: SourceConfig,
+    chunk: ChunkConfig | None,
+    *,
+    limit: int | None = None,
+    also: Sequence[str] = (),
+) -> DataFrame:
+    """Keys, ROW_TEXT, row_hash, meta_hash and metadata columns of the rows that pass the filter, then `also`."""
     if source.filter:
         try:
             table = table.where(source.filter)
         except PySparkException as error:
-            raise SourceError(f"source.filter '{source.filter}': {_reason(error)}") from error
+            raise SourceError(f"source.filter '{source.filter}': {_reason(error)}", code="SOURCE_MISMATCH") from error
     if limit is not None:
         table = table.limit(limit)
     _require_columns(table, source)
     keys = [_renamed(table, "source.key", column.source, column.name) for column in source.key_columns]
     metadata = [_renamed(table, "source.columns", column.source, column.name) for column in source.metadata_columns]
-    named = table.select(*keys, *metadata, _text(source).alias(ROW_TEXT))
     key_names, metadata_names = source.key_names, source.metadata_names
+    named = table.select(*keys, *metadata, _text(source).alias(ROW_TEXT), *also)
     for name in key_names:
         _require_key_type(name, named.schema[name].dataType)
-    rows = named.select(
+    return named.select(
         *[F.col(quoted(name)) for name in key_names],
         ROW_TEXT,
         hash128([encode_string(F.lit(_chunk_settings(chunk))), encode_string(F.col(ROW_TEXT))]).alias("row_hash"),
         columns_hash([named.schema[name] for name in metadata_names]).alias("meta_hash"),
         *[F.col(quoted(name)) for name in metadata_names],
+        *also,
     )
-    return SourceRows(rows, key_names, metadata_names, version)
+
+
+def delta_target(spark: SparkSession, source: SourceConfig) -> str | None:
+    """How SQL names the Delta table that the source is; None for every other kind of source, views included."""
+    if source.format == "delta":
+        return f"delta.{quoted(str(source.path))}"
+    if source.format == "table" and _is_delta_table(spark, source.table or ""):
+        return _sql_name(source.table or "")
+    return None
 
 
 def _pinned_version(spark: SparkSession, source: SourceConfig) -> int | None:
     """The Delta version to read; the newest one when the run file names none, None for sources without versions."""
     if source.version is not None:
         return source.version
-    target = None
-    if source.format == "delta":
-        target = f"delta.{quoted(str(source.path))}"
-    elif source.format == "table" and _is_delta_table(spark, source.table or ""):
-        target = _sql_name(source.table or "")
+    target = delta_target(spark, source)
     if target is None:
         return None
     where = f"source '{source.path or source.table}'"
@@ -170,21 +210,23 @@ def _require_columns(table: DataFrame, source: SourceConfig) -> None:
         hint = f"did you mean {' or '.join(near)}?" if near else listed
         problems.append(f"{setting}: the source has no column '{name}'; {hint}")
     if problems:
-        raise SourceError("\n".join(problems))
+        raise SourceError("\n".join(problems), code="SOURCE_MISMATCH")
 
 
 def _require_key_type(name: str, data_type: T.DataType) -> None:
     if not isinstance(data_type, _KEY_TYPES):
         raise SourceError(
             f"source.key: '{name}' has the type {data_type.simpleString()}; a key must be a string, a whole number, "
-            f"a decimal, a date, a timestamp or a boolean: cast it in a query source, or in the file's schema"
+            f"a decimal, a date, a timestamp or a boolean: cast it in a query source, or in the file's schema",
+            code="SOURCE_MISMATCH",
         )
 
 
 def _renamed(table: DataFrame, setting: str, source: str, name: str) -> Column:
     if name.startswith("__"):
         raise SourceError(
-            f"{setting}: '{name}' begins with __, as Shoal's own names do; publish it as '{name} AS other'"
+            f"{setting}: '{name}' begins with __, as Shoal's own names do; publish it as '{name} AS other'",
+            code="SOURCE_MISMATCH",
         )
     field = table.schema[source]
     return F.col(quoted(source)).alias(name, metadata=field.metadata)

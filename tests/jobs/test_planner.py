@@ -14,7 +14,8 @@ from pyspark.sql import functions as F
 
 from shoal.conf.errors import SourceError
 from shoal.conf.loader import load_run
-from shoal.conf.run import ChunkConfig, SourceConfig
+from shoal.conf.run import ChunkConfig
+from shoal.conf.source import SourceConfig
 from shoal.jobs.embed import embed
 from shoal.jobs.planner import ACTION, MAX_WAVES, RowCounts, RowPlan, Waves, cut, deal, plan_rows
 from shoal.jobs.source import ROW_TEXT, read_source

@@ -13,7 +13,8 @@ from pyspark.sql import Row, SparkSession
 
 from shoal.conf.errors import ConfigError, SourceError
 from shoal.conf.loader import load_run
-from shoal.conf.run import ChunkConfig, SourceConfig
+from shoal.conf.run import ChunkConfig
+from shoal.conf.source import SourceConfig
 from shoal.conf.template import parse_template
 from shoal.jobs.source import ROW_TEXT, SourceRows, read_source
 
