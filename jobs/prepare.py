@@ -11,13 +11,14 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from shoal.conf import errors
-from shoal.conf.errors import EncoderChangedError, RefusedError, ShoalError, WorkerError
+from shoal.conf.errors import CODE_NOTE, CODES, EncoderChangedError, RefusedError, ShoalError, WorkerError
 from shoal.conf.redact import scrub
 from shoal.conf.run import EncoderConfig, RunConfig
 from shoal.jobs.canary_store import Probe, known_precision, probe_of
 from shoal.jobs.filesystem import full_disk
 from shoal.jobs.layout import TableRef
-from shoal.jobs.model_source import resolve_spec
+from shoal.jobs.model_source import pinned_reference, resolve_spec
+from shoal.jobs.publish import missing_constraints
 from shoal.jobs.published import Published
 from shoal.jobs.source import SourceRows
 from shoal.udfs.encode_udf import make_probe
@@ -27,17 +28,48 @@ from shoal.udfs.schema import PROBE_OUTPUT_DDL
 
 
 @dataclass(frozen=True)
+class Described:
+    """An encoder of the run file as its files describe it: precision and back end may still be auto."""
+
+    settings: EncoderConfig
+    spec: EncoderSpec
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Which encoder serves and which is to come; `cut_over`: the one to come serves already."""
+
+    serving: Described
+    coming: Described | None = None
+    cut_over: bool = False
+
+    def on(self, published: Published | None) -> "Encoders":
+        """The same on a table that may have been cut over: then the next encoder is the one that serves."""
+        if published is None or self.coming is None:
+            return self
+        settled = _as_published(self.coming.spec, published)
+        if settled.precision == "auto" or settled.fingerprint != published.fingerprint:
+            return self
+        return Encoders(self.coming, None, cut_over=True)
+
+
+FULL_REFRESH = "full refresh asked for"
+
+
+@dataclass(frozen=True)
 class Encoding:
     """A resolved encoder; `probe` only when it had to be tried out to be resolved."""
 
+    settings: EncoderConfig
     spec: EncoderSpec
     probe: Probe | None
 
-    def described(self, settings: EncoderConfig, tracking_uri: str) -> dict[str, Any]:
+    def described(self, tracking_uri: str) -> dict[str, Any]:
         """What the table remembers: enough to say what the encoder is, and to build it again for a query.
 
         An address with credentials in it is not remembered; MLFLOW_TRACKING_URI then says where the registry is.
         """
+        settings = self.settings
         registry = (
             tracking_uri if settings.form == "registry" and scrub(tracking_uri, pairs=True) == tracking_uri else None
         )
@@ -52,15 +84,19 @@ class Encoding:
         }
 
 
-def describe_encoder(config: RunConfig) -> EncoderSpec:
-    """The encoder of the run file as its files describe it: precision and back end may still be auto."""
-    return resolve_spec(config.encoder, model_cache(), tracking_uri=config.tracking.uri)
+def describe_encoders(config: RunConfig) -> Encoders:
+    """The encoders of the run file; ModelError when a model of either is not there."""
+
+    def describe(settings: EncoderConfig) -> Described:
+        return Described(settings, resolve_spec(settings, model_cache(), tracking_uri=config.tracking.uri))
+
+    return Encoders(describe(config.encoder), describe(config.next_encoder) if config.next_encoder else None)
 
 
 def resolve_encoder(
     spark: SparkSession,
     config: RunConfig,
-    spec: EncoderSpec,
+    described: Described,
     ref: TableRef,
     published: Published | None,
     *,
@@ -73,6 +109,7 @@ def resolve_encoder(
     settled does an executor load the model and try. Raises EncoderChangedError when the table holds the vectors of
     another encoder and the run may not replace them.
     """
+    spec = described.spec
     settled = None if published is None else _as_published(spec, published)
     # A full refresh may bring another encoder, which inherits nothing from its predecessor.
     if (
@@ -89,7 +126,7 @@ def resolve_encoder(
         probe, spec = try_out(spark, spec, options_of(config))
     if published is not None and published.fingerprint != spec.fingerprint and not full_refresh:
         raise _changed(published, spec)
-    return Encoding(spec, probe)
+    return Encoding(described.settings, spec, probe)
 
 
 def _as_published(spec: EncoderSpec, published: Published) -> EncoderSpec:
@@ -124,11 +161,11 @@ def try_out(spark: SparkSession, spec: EncoderSpec, options: EncodeOptions) -> t
 def worker_error(error: PySparkException | Py4JJavaError) -> ShoalError:
     """The error of ours that a worker raised, out of the JVM's and Python's stack traces; WorkerError for any other."""
     lines = [line.strip() for line in str(error).splitlines()]
-    for line in lines:
+    for index, line in enumerate(lines):
         name, found, message = line.partition(": ")
         kind = getattr(errors, name.rpartition(".")[2], None) if name.startswith("shoal.conf.errors.") else None
         if found and isinstance(kind, type) and issubclass(kind, ShoalError):
-            return kind(message)
+            return kind(message, code=_noted_code(lines[index + 1 :]))
     if full := full_disk(error):
         return full
     told = next(
@@ -137,6 +174,12 @@ def worker_error(error: PySparkException | Py4JJavaError) -> ShoalError:
     return WorkerError(
         f"an executor failed: {told}; what has been staged is kept, run it again (--debug shows the trace)"
     )
+
+
+def _noted_code(lines: list[str]) -> str | None:
+    """The code that the error carries as a note, which a stack trace shows below its message."""
+    code = next((line.removeprefix(CODE_NOTE) for line in lines if line.startswith(CODE_NOTE)), None)
+    return code if code in CODES else None
 
 
 def replace_reason(
@@ -156,14 +199,15 @@ def replace_reason(
     if published is None:
         return "first run"
     if full_refresh:
-        return "full refresh asked for"
+        return FULL_REFRESH
     if published.fingerprint != fingerprint:
         return "another encoder"
     if published.keys != source.keys:
         raise RefusedError(
             f"source.key: table {published.ref} has the key columns {list(published.keys)} and the run file has "
             f"{list(source.keys)}, so no row of the table could be kept; name another destination, or replace "
-            f"the table with `shoal embed FILE --full-refresh`"
+            f"the table with `shoal embed FILE --full-refresh`",
+            code="KEY_CHANGED",
         )
     old = {field.name: field.dataType.simpleString() for field in published.rows(spark).schema.fields}
     retyped = [key for key in source.keys if old.get(key) != columns.get(key)]
@@ -172,8 +216,11 @@ def replace_reason(
         raise RefusedError(
             f"source.key: table {published.ref} has the keys ({was}) and the source now gives ({now}), so no row "
             f"of the table could be kept; give the source's types with source.schema or a query, or "
-            f"replace the table with `shoal embed FILE --full-refresh`"
+            f"replace the table with `shoal embed FILE --full-refresh`",
+            code="KEY_CHANGED",
         )
+    if missing_constraints(published.properties, int(published.encoder["identity"]["dim"])):
+        return "its constraints are gone"
     differing = sorted(name for name in old.keys() | columns.keys() if old.get(name) != columns.get(name))
     return f"columns changed: {', '.join(differing)}" if differing else None
 
@@ -184,11 +231,36 @@ def model_cache() -> Path:
     return Path(root) / "shoal" / "models"
 
 
+def encoder_of(published: Published) -> EncoderSpec:
+    """The table's encoder, found again by its reference and proved to be the same by its fingerprint."""
+    recorded = published.encoder
+    settings = EncoderConfig.model_validate(recorded["settings"])
+    if settings.form == "hub" and recorded["revision"]:
+        settings = settings.model_copy(update={"revision": recorded["revision"]})
+    if settings.form == "registry":
+        settings = settings.model_copy(update={"model": pinned_reference(settings.model, recorded["revision"])})
+    spec = resolve_spec(settings, model_cache(), tracking_uri=recorded.get("registry"))
+    spec = replace(
+        spec,
+        precision=recorded["identity"]["precision"],
+        backend=recorded["backend"],
+        query_prompt=recorded["query_prompt"],
+    )
+    if spec.fingerprint != published.fingerprint:
+        raise EncoderChangedError(
+            f"table {published.ref} holds vectors of fingerprint {published.fingerprint}, and {recorded['reference']} "
+            f"is now {spec.fingerprint}: the model's files have changed. Put the former files back; a query vector "
+            f"of another encoder would find nothing sensible",
+            code="MODEL_CHANGED",
+        )
+    return spec
+
+
 def comparable(published: Published | None, source: SourceRows, spark: SparkSession) -> DataFrame | None:
     """The published rows, where the keys of the source can be compared with theirs."""
     if published is None or published.keys != source.keys:
         return None
-    rows = published.rows(spark)
+    rows = published.trusted_rows(spark)
     same = all(rows.schema[key].dataType == source.rows.schema[key].dataType for key in source.keys)
     return rows if same else None
 
@@ -212,6 +284,7 @@ def _changed(published: Published, spec: EncoderSpec) -> EncoderChangedError:
     return EncoderChangedError(
         f"encoder: table {published.ref} holds vectors of {published.encoder['reference']} (fingerprint "
         f"{published.fingerprint}) and the run file asks for {spec.reference} (fingerprint {spec.fingerprint}); "
-        f"{'; '.join(differing)}. Vectors of two encoders never share a table: put the old settings back, or "
-        f"replace every vector with `shoal embed FILE --full-refresh`"
+        f"{'; '.join(differing)}. Vectors of two encoders never share a table: put the old settings back "
+        f"and give the new ones as next_encoder, which takes over when all its vectors are there, or replace every "
+        f"vector now with `shoal embed FILE --full-refresh`"
     )

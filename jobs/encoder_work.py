@@ -1,0 +1,173 @@
+"""What a run does for one encoder, the serving one or the next: its chunks, its vectors in staging, its account."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from delta.tables import DeltaTable
+from pyspark.sql import DataFrame, SparkSession
+
+from shoal.conf.run import RunConfig
+from shoal.jobs.bookkeeping import Bookkeeper
+from shoal.jobs.canary_store import Probe, load_probe, save_probe
+from shoal.jobs.encode_stage import encode_waves
+from shoal.jobs.estimate import Estimate, estimate
+from shoal.jobs.filesystem import join
+from shoal.jobs.have import Have, find_have, look_back
+from shoal.jobs.hooks import Hooks
+from shoal.jobs.layout import TableRef
+from shoal.jobs.lease import Lease
+from shoal.jobs.planner import ChunkPlan, Keep, RowPlan, Take, Waves, plan_chunks
+from shoal.jobs.prepare import FULL_REFRESH, Encoding, options_of, try_out
+from shoal.jobs.progress import Points, shown_progress
+from shoal.jobs.publish import assemble
+from shoal.jobs.published import Published
+from shoal.jobs.reconcile import Account, reconcile
+from shoal.jobs.session import slots
+from shoal.jobs.staging import staged_errors, staged_vectors
+from shoal.udfs.encoder_spec import EncoderSpec
+from shoal.udfs.progress import ProgressReceiver, ProgressTarget
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """How the encode phase went; the counts are in staging."""
+
+    progress: Points
+    padding_share: float | None
+    parity_min_cosine: float
+
+
+@dataclass
+class EncoderWork:
+    """One resolved encoder at work on one table; `keep` says where the plan is kept meanwhile."""
+
+    spark: SparkSession
+    config: RunConfig
+    ref: TableRef
+    encoding: Encoding
+    keep: Keep
+
+    def __post_init__(self) -> None:
+        self.trial: Probe | None = None
+        self.options = options_of(self.config)
+
+    @property
+    def spec(self) -> EncoderSpec:
+        return self.encoding.spec
+
+    def plan_chunks(
+        self, rows: RowPlan, published: Published | None, take: Take | None = None
+    ) -> tuple[ChunkPlan, Have]:
+        """The chunks of the rows, and where their vectors are; `take` picks what to encode of what has none."""
+        staged = DeltaTable.isDeltaTable(self.spark, self.ref.staging)
+        if rows.replace == FULL_REFRESH and _is_same(published, rows, self.spec):
+            # Nothing but damage asks for that, so what is published is not taken over.
+            published = None
+        have = find_have(self.spark, self.ref, published, self.spec.fingerprint, staged=staged)
+        waves = Waves(slots(self.spark), self.config.encode.wave_chunks)
+        folder = self.spec.folder
+        chunks = plan_chunks(rows, self.config.chunk, folder, have.hashes(), self.keep, waves, take)
+        if published is not None and published.fingerprint == self.spec.fingerprint:
+            # Of another encoder's table no earlier version is of use but those that `find_have` has found.
+            chunks, have = look_back(self.spark, published, have, chunks, self.keep, waves)
+        return chunks, have
+
+    def probe(self) -> Probe:
+        """The encoder's trial: this run's, an earlier one's, or made now; never twice."""
+        if self.trial is None:
+            self.trial = self.encoding.probe or load_probe(self.spark, self.ref, self.spec.fingerprint)
+        if self.trial is None:
+            self.trial, _ = try_out(self.spark, self.spec, self.options)
+        return self.trial
+
+    def rate(self) -> float:
+        """Tokens per second of the whole cluster, out of the newest run; before the first only the trial knows it."""
+        rate = None
+        if DeltaTable.isDeltaTable(self.spark, self.ref.runs):
+            rate = Bookkeeper(self.spark, self.ref, lambda _: None).last_rate(self.spec.fingerprint)
+        return rate or float(self.probe().report["tokens_per_s"]) * slots(self.spark)
+
+    def estimate(self, todo: DataFrame | None, num_todo: int) -> Estimate:
+        """What these contents (content_hash, text) cost to encode."""
+        rate = None if todo is None else self.rate()
+        return estimate(todo, num_todo, self.spec, rate=rate, price_per_hour=self.config.encode.price_per_hour)
+
+    def encode(
+        self,
+        chunks: ChunkPlan,
+        *,
+        run_id: str,
+        started: float,
+        lease: Lease,
+        hooks: Hooks,
+        warn: Callable[[str], None],
+        step_prefix: str = "",
+    ) -> Encoded:
+        """Encodes what the plan has to do into staging, under this run id, watching the lease around each wave."""
+        assert chunks.todo is not None  # noqa: S101 - there is nothing to encode otherwise
+        spec, probe = self.spec, self.probe()
+        if load_probe(self.spark, self.ref, spec.fingerprint) is None:
+            save_probe(self.spark, self.ref, spec.fingerprint, spec.backend, probe)
+        hooks.step(f"{step_prefix}probed")
+        hooks.say(
+            f"encoding {chunks.num_todo} chunks with {spec.reference} ({spec.backend}, {spec.precision}) in "
+            f"{chunks.num_waves} waves"
+        )
+
+        def step(name: str) -> None:
+            lease.check()
+            hooks.step(f"{step_prefix}{name}")
+
+        host = self.spark.conf.get("spark.driver.host") or "127.0.0.1"
+        # Workers send to the address that the driver advertises; it need not be one that this host can bind.
+        bound = self.spark.conf.get("spark.driver.bindAddress", host) or host
+        with ProgressReceiver(run_id, host=bound) as receiver:
+            num_done = chunks.distinct - chunks.num_todo
+            with shown_progress(receiver, chunks.num_todo, num_done, started, hooks.console, hooks.say) as points:
+                encode_waves(
+                    self.spark,
+                    self.ref,
+                    chunks.todo,
+                    chunks.num_waves,
+                    num_slots=slots(self.spark),
+                    run_id=run_id,
+                    spec=spec,
+                    options=self.options,
+                    canaries=probe.canaries,
+                    progress=ProgressTarget(host, receiver.port, run_id, 0),
+                    step=step,
+                    warn=warn,
+                )
+            totals = receiver.totals()
+        padding = 1 - totals.tokens / totals.padded if totals.padded else None
+        return Encoded(points, padding, probe.report["parity"]["min"])
+
+    def account(self, rows: RowPlan, chunks: ChunkPlan, have: Have, run_id: str) -> tuple[Account, Have]:
+        """What became of every chunk, and where the vectors are now that they have been staged."""
+        have = replace(have, staged=staged_vectors(self.spark, self.ref, self.spec.fingerprint))
+        fingerprint = self.spec.fingerprint
+        return reconcile(self.spark, self.ref, rows, chunks, have, fingerprint=fingerprint, run_id=run_id), have
+
+    def content(self, rows: RowPlan, chunks: ChunkPlan, have: Have) -> DataFrame:
+        """The rows to publish."""
+        vectors = have.vectors(chunks.contents())
+        failed = staged_errors(self.spark, self.ref, self.spec.fingerprint)
+        return assemble(rows, chunks.chunks, vectors, failed, store_text=self.config.destination.store_text)
+
+
+@dataclass(frozen=True)
+class KeptBelow:
+    """Keeps work tables as Parquet below one folder: a dead run's are dropped by name, without reading them."""
+
+    spark: SparkSession
+    folder: str
+
+    def __call__(self, name: str, table: DataFrame, *, partition_by: str | None = None) -> DataFrame:
+        path = join(self.folder, name)
+        (table.write.partitionBy(partition_by) if partition_by else table.write).parquet(path)
+        return self.spark.read.parquet(path)
+
+
+def _is_same(published: Published | None, rows: RowPlan, spec: EncoderSpec) -> bool:
+    """Whether a table has the encoder and the key of the plan already."""
+    return published is not None and (published.fingerprint, published.keys) == (spec.fingerprint, rows.keys)

@@ -1,0 +1,44 @@
+"""Errors that cross from a worker to the driver, out of Spark's stack traces."""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pytest
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
+
+from shoal.conf.errors import WorkerError
+from shoal.jobs.prepare import worker_error
+
+pytestmark = pytest.mark.spark
+
+
+@pytest.mark.parametrize(("code", "wanted"), [("CANARIES_MOVED", "CANARIES_MOVED"), (None, "WORKER_FAILED")])
+def test_an_error_of_a_worker_keeps_kind_message_and_code(spark: SparkSession, code: str | None, wanted: str) -> None:
+    def fail(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        try:
+            raise WorkerError("encoder x has moved", code=code)
+        except WorkerError as error:
+            raise type(error)(f"partition 0: {error}", code=error.code) from error
+        yield from batches
+
+    with pytest.raises((PySparkException, Py4JJavaError)) as failed:
+        spark.range(1).mapInArrow(fail, "id bigint").collect()
+    found = worker_error(failed.value)
+
+    assert type(found) is WorkerError
+    assert str(found).endswith("encoder x has moved")
+    assert found.code == wanted
+
+
+def test_a_failure_that_is_not_ours_is_a_failed_worker(spark: SparkSession) -> None:
+    def fail(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        raise ZeroDivisionError("by hand")
+        yield from batches
+
+    with pytest.raises((PySparkException, Py4JJavaError)) as failed:
+        spark.range(1).mapInArrow(fail, "id bigint").collect()
+
+    assert worker_error(failed.value).code == "WORKER_FAILED"
+    assert "ZeroDivisionError: by hand" in str(worker_error(failed.value))
