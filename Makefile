@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install jars quickstart test test-fast test-gpu lint check bench audit lock clean check-python check-java
+.PHONY: help install jars quickstart test test-fast test-gpu lint check bench faults faults-short audit lock clean check-python check-java
 
 VENV ?= .venv
 # Each has a Spark session of its own: two are about 5 GB of memory, and keep two cores busy.
@@ -33,7 +33,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
 help: ## print this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 install: $(JARS) ## make .venv with Shoal, its tools and Delta's jars; quick when nothing changed
 
@@ -70,6 +70,12 @@ check: lint test ## lint and test: exactly what CI runs
 
 bench: install ## naive recipe, bare encoder and pipeline side by side: tokens/s and ratios
 	@$(VENV)/bin/shoal bench encode
+
+faults: install ## kill a pipeline on a cluster 110 times and hurt it otherwise: an hour and more; FAULTS='--seed 7 ..'
+	@$(PY) tests/jobs/faults/run_faults.py $(FAULTS)
+
+faults-short: install ## a few kills and every other hurt: minutes
+	@$(PY) tests/jobs/faults/run_faults.py --kills 5 --real 1 $(FAULTS)
 
 audit: $(INSTALLED) ## look the pinned versions up in the databases of known vulnerabilities
 	@if $(VENV)/bin/uv tool run pip-audit --version >/dev/null 2>&1; then \

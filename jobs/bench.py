@@ -26,14 +26,14 @@ from shoal.conf.run import (
     EncodeConfig,
     EncoderConfig,
     RunConfig,
-    SourceConfig,
     SparkConfig,
     TrackingConfig,
 )
+from shoal.conf.source import SourceConfig
 from shoal.jobs.embed import Hooks, embed
 from shoal.jobs.estimate import count_tokens
 from shoal.jobs.layout import table_of
-from shoal.jobs.prepare import describe_encoder, resolve_encoder
+from shoal.jobs.prepare import describe_encoders, resolve_encoder
 from shoal.jobs.session import open_spark
 from shoal.jobs.stdlib_corpus import stdlib_rows
 from shoal.udfs.encode_udf import encode_batches
@@ -85,7 +85,7 @@ def _measure(
         encode=EncodeConfig(device=device),
         tracking=TrackingConfig(enabled=False),
     )
-    described, ref = describe_encoder(config), table_of(spark, config.destination)
+    described, ref = describe_encoders(config).serving, table_of(spark, config.destination)
     spec = resolve_encoder(spark, config, described, ref, None, full_refresh=False, say=say).spec
     tokens = count_tokens(spec, texts)[0]
     seconds: dict[str, float] = {}

@@ -1,0 +1,115 @@
+"""A standalone Spark cluster on this machine, from the wheel: a master, two workers of one core, and their children."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pyspark
+
+SPARK_HOME = Path(pyspark.__file__).parent
+NUM_WORKERS = 2
+
+
+class Cluster:
+    """Daemons as processes of their own; `stop` or `kill` ends them, with all executors and Python workers."""
+
+    def __init__(self, folder: Path, *, memory: str = "1g") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.port, self.web = _free_port(), _free_port()
+        self.address = f"spark://127.0.0.1:{self.port}"
+        self._log = (folder / "daemons.log").open("a")
+        self._daemons = [self._start(folder, "Master", "--port", str(self.port), "--webui-port", str(self.web))]
+        for index in range(NUM_WORKERS):
+            ports = ["--port", str(_free_port()), "--webui-port", str(_free_port())]
+            size = ["--cores", "1", "--memory", memory, "--work-dir", str(folder / f"work{index}"), self.address]
+            self._daemons.append(self._start(folder, "Worker", *ports, *size))
+
+    def wait(self) -> None:
+        """Returns when both workers have registered."""
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.web}/json/") as answer:
+                if json.load(answer)["aliveworkers"] == NUM_WORKERS:
+                    return
+            time.sleep(0.3)
+        raise TimeoutError(f"{NUM_WORKERS} workers did not register within two minutes")
+
+    def executors(self) -> list[int]:
+        """Process ids of the executors."""
+        return [pid for pid, line in self._below() if "CoarseGrainedExecutorBackend" in line]
+
+    def python_workers(self) -> list[int]:
+        """Process ids of the Python workers, and of the daemons that fork them."""
+        return [pid for pid, line in self._below() if "pyspark.daemon" in line]
+
+    def kill(self) -> None:
+        """SIGKILL to the daemons and to everything below them."""
+        pids = [pid for pid, _ in self._below()] + [daemon.pid for daemon in self._daemons]
+        for pid in pids:
+            kill(pid)
+        for daemon in self._daemons:
+            daemon.wait()
+        self._log.close()
+
+    def _below(self) -> list[tuple[int, str]]:
+        """Process ids and command lines of all descendants of the daemons."""
+        parents, commands = processes()
+        mine = {daemon.pid for daemon in self._daemons}
+        found: list[tuple[int, str]] = []
+        grown = True
+        while grown:
+            new = [pid for pid, parent in parents.items() if parent in mine and pid not in mine]
+            grown = bool(new)
+            mine.update(new)
+            found += [(pid, commands[pid]) for pid in new]
+        return found
+
+    def _start(self, folder: Path, role: str, *arguments: str) -> subprocess.Popen[bytes]:
+        env = clean_environment() | {
+            "SPARK_HOME": str(SPARK_HOME),
+            "SPARK_LOCAL_IP": "127.0.0.1",
+            "SPARK_LOCAL_DIRS": str(folder / "local"),
+            "SPARK_DAEMON_MEMORY": "256m",
+            "SPARK_DAEMON_JAVA_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+            "PYSPARK_PYTHON": sys.executable,
+        }
+        name = f"org.apache.spark.deploy.{role.lower()}.{role}"
+        command = [str(SPARK_HOME / "bin" / "spark-class"), name, "--host", "127.0.0.1", *arguments]
+        return subprocess.Popen(command, env=env, cwd=folder, stdout=self._log, stderr=self._log)
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what Spark would take settings from."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("SPARK_", "PYSPARK_"))}
+
+
+def processes() -> tuple[dict[int, int], dict[int, str]]:
+    """Parent and command line of every process that is there, zombies left out."""
+    parents: dict[int, int] = {}
+    commands: dict[int, str] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+            line = (stat.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if fields[0] != "Z":
+                parents[int(stat.parent.name)], commands[int(stat.parent.name)] = int(fields[1]), line
+    return parents, commands
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
