@@ -1,6 +1,7 @@
 """What is written down after a run: the runs table, MLflow, trimming; each step may be repeated without harm."""
 
 import json
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from shoal.conf.redact import scrub
 from shoal.conf.run import TrackingConfig
 from shoal.jobs.filesystem import FileSystem, join
 from shoal.jobs.layout import TableRef, read_delta
-from shoal.jobs.published import Published
+from shoal.jobs.published import Published, State, commits
 from shoal.jobs.tracking import send
 
 RUNS_DDL = "run_id string, kind string, written_at timestamp, record string"
@@ -23,9 +24,17 @@ RUN, SENT = "run", "mlflow"
 
 RECENT_RUNS = 20
 
+# The night's publication, the cut-over to the next encoder, maintenance.
+COMMITS_PER_RUN = 4
+
 # A tracking server that was down for long is caught up with a few runs at a time.
 MAX_SENT_PER_RUN = 20
 PATIENCE = 2
+
+
+def new_run_id() -> str:
+    """Sorts by time, and no two are alike."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
 
 
 @dataclass(frozen=True)
@@ -48,13 +57,28 @@ class Bookkeeper:
         )
 
     def recover(self, published: Published | None, tracking: TrackingConfig) -> None:
-        """Writes down what the head commit says of a run that died after it, and sends what MLflow has missed."""
-        if published and published.ours and published.ours.state:
-            state = published.ours.state
-            if not self._was_written(state.run_id):
-                self.say(f"run {state.run_id} published version {published.ours.version} and died; writing it down")
-                self.write({**state.record, "version": published.ours.version})
+        """Writes down what the newest commits say of a run that died after them, and sends what MLflow has missed.
+
+        A night may have published and cut over before it died: commits are looked at until one has been written down.
+        """
+        for version, state in reversed(self._unwritten(published)):
+            self.say(f"run {state.run_id} published version {version} and died; writing it down")
+            self.write({**state.record, "version": version})
         self.send_pending(tracking)
+
+    def _unwritten(self, published: Published | None) -> list[tuple[int, State]]:
+        """Our newest commits that the runs table lacks, newest first; no more than one run can leave behind."""
+        newest = published.ours if published else None
+        if published is None or newest is None or newest.state is None or self._was_written(newest.state):
+            return []
+        found = [(newest.version, newest.state)]
+        for commit in commits(self.spark, published.ref):
+            if commit.state is None or commit.version >= newest.version:
+                continue
+            if len(found) == COMMITS_PER_RUN or self._was_written(commit.state):
+                break
+            found.append((commit.version, commit.state))
+        return found
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a run's record once, however often it is called.
@@ -118,13 +142,16 @@ class Bookkeeper:
         runs = read_delta(self.spark, self.ref.runs).where(F.col("kind") == RUN)
         for row in runs.orderBy(F.desc("written_at")).limit(RECENT_RUNS).collect():
             run = json.loads(row["record"])
-            if run.get("fingerprint") == fingerprint and run.get("tokens") and run["seconds"]["encode"] > 0:
-                return float(run["tokens"]) / float(run["seconds"]["encode"])
+            coming = run.get("migration") or {}
+            for part, seconds in ((run, run["seconds"]["encode"]), (coming, coming.get("seconds") or 0.0)):
+                if part.get("fingerprint") == fingerprint and part.get("tokens") and seconds > 0:
+                    return float(part["tokens"]) / float(seconds)
         return None
 
-    def _was_written(self, run_id: str) -> bool:
-        runs = read_delta(self.spark, self.ref.runs).where((F.col("run_id") == run_id) & (F.col("kind") == RUN))
-        return not runs.where(F.get_json_object("record", "$.status") == "published").isEmpty()
+    def _was_written(self, state: State) -> bool:
+        runs = read_delta(self.spark, self.ref.runs).where((F.col("run_id") == state.run_id) & (F.col("kind") == RUN))
+        status = state.record.get("status", "published")
+        return not runs.where(F.get_json_object("record", "$.status") == status).isEmpty()
 
     def _append(self, run_id: str, kind: str, record: str, *, once: str) -> None:
         row = [(run_id, kind, datetime.now(UTC), record)]

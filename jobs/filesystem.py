@@ -36,7 +36,8 @@ def full_disk(error: Exception) -> RunError | None:
         return None
     return RunError(
         f"destination: there is no room left beside the table, or on a disk of Spark's own ({full}); nothing was "
-        "published. Make room and run it again: what has been staged is kept"
+        "published. Make room and run it again: what has been staged is kept",
+        code="DISK_FULL",
     )
 
 
@@ -61,6 +62,17 @@ class FileSystem:
         if not self.exists(folder):
             return []
         return sorted(status.getPath().getName() for status in self._fs.listStatus(self._path(folder)))
+
+    def size(self, path: str) -> int:
+        """Bytes of a file, or of everything below a folder; 0 when it is absent."""
+        return int(self._fs.getContentSummary(self._path(path)).getLength()) if self.exists(path) else 0
+
+    def usage(self, path: str) -> tuple[int, int]:
+        """Number and bytes of files at or below a path; 0 and 0 when it is absent."""
+        if not self.exists(path):
+            return 0, 0
+        found = self._fs.getContentSummary(self._path(path))
+        return int(found.getFileCount()), int(found.getLength())
 
     def delete(self, path: str) -> None:
         """Removes a file or a whole folder; an absent one is no error."""

@@ -50,6 +50,7 @@ def check_gate(
         raise LimitError(
             f"gate.min_ndcg is {gate.min_ndcg:g} and the table to come reaches nDCG@{gate.k} {found:.4f} on the "
             f"queries of {folder}; nothing was published, the vectors wait in staging. See what changed in the source "
-            "or the encoder, or lower the gate"
+            "or the encoder, or lower the gate",
+            code="GATE_FAILED",
         )
     return found

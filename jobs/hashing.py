@@ -66,7 +66,8 @@ def encode_value(value: Column, data_type: T.DataType, name: str) -> Column:
             return F.coalesce(F.concat(F.lit(tag), text(value), F.lit(";")), F.lit("n"))
     raise SourceError(
         f"source.columns: '{name}' has the type {data_type.simpleString()}, which has no stable form to compare; "
-        f"leave it out or cast it to a string in a query source"
+        f"leave it out or cast it to a string in a query source",
+        code="SOURCE_MISMATCH",
     )
 
 

@@ -125,7 +125,7 @@ def _take_over(files: FileSystem, path: str, run_id: str, heartbeat_seconds: flo
     if seen is None:
         return
     body = _parse(seen)
-    if not _died_here(body):
+    if not died_here(body):
         say(f"lease of run {body.get('run_id')} on {body.get('host')} found; watching its heartbeat")
         end = time.monotonic() + TAKEOVER_BEATS * heartbeat_seconds
         while time.monotonic() < end:
@@ -156,7 +156,7 @@ def _busy(path: str, body: dict[str, Any]) -> BusyError:
     )
 
 
-def _died_here(body: dict[str, Any]) -> bool:
+def died_here(body: dict[str, Any]) -> bool:
     """Whether the holder ran in this machine's process space and is gone: no need to watch its heartbeat."""
     then, now = body.get("process"), _process_identity(int(body.get("pid", 0)))
     here = _process_identity(os.getpid())

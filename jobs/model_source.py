@@ -69,7 +69,8 @@ def _from_folder(config: EncoderConfig) -> ResolvedModel:
         hint = f"nearest there: {', '.join(near)}" if near else f"{folder.parent} has {len(siblings)} entries"
         raise ModelError(
             f"encoder.model is {config.model!r}, which is {'a file' if folder.exists() else 'not there'} ({hint}); "
-            "write the folder that holds modules.json or config.json."
+            "write the folder that holds modules.json or config.json.",
+            code="MODEL_NOT_FOUND",
         )
     return ResolvedModel(str(folder), config.model, None)
 
@@ -83,7 +84,8 @@ def _from_package(config: EncoderConfig) -> ResolvedModel:
         hint = f"nearest: {', '.join(near)}; " if near else ""
         raise ModelError(
             f"encoder.model is {config.model!r}, but no package {top!r} is installed here; {hint}install the package "
-            "that carries the model, and write its import name."
+            "that carries the model, and write its import name.",
+            code="MODEL_NOT_FOUND",
         )
     roots = [Path(root).joinpath(*rest) for root in found.submodule_search_locations or ()]
     folders = [folder for root in roots if root.is_dir() for folder in model_folders(root)]
@@ -113,11 +115,13 @@ def _only(folders: list[Path], reference: str, place: str, roots: list[Path]) ->
     if not folders:
         raise ModelError(
             f"encoder.model is {reference!r}, but {place} ({where}) holds no folder with modules.json, nor one with "
-            "config.json and safetensors; use one that carries a model."
+            "config.json and safetensors; use one that carries a model.",
+            code="MODEL_NOT_FOUND",
         )
     listed = ", ".join(str(folder) for folder in folders[:5])
     raise ModelError(
-        f"encoder.model is {reference!r}, but {place} holds {len(folders)} models ({listed}); write the path of one."
+        f"encoder.model is {reference!r}, but {place} holds {len(folders)} models ({listed}); write the path of one.",
+        code="MODEL_NOT_FOUND",
     )
 
 
@@ -144,26 +148,34 @@ def _from_hub(config: EncoderConfig) -> ResolvedModel:
         if constants.HF_HUB_OFFLINE:
             raise ModelError(
                 f"{what}, HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} does not hold all of it; "
-                f"fetch it while online, set HF_HOME to the cache that has it, or {FOLDER_HINT}."
+                f"fetch it while online, set HF_HOME to the cache that has it, or {FOLDER_HINT}.",
+                code="MODEL_NOT_FOUND",
             ) from error
         raise RunError(
             f"{what}, which is not in the cache {constants.HF_HUB_CACHE}, and the Hub did not answer; try again, or "
-            "fetch it elsewhere and set HF_HOME."
+            "fetch it elsewhere and set HF_HOME.",
+            code="HUB_UNREACHABLE",
         ) from error
     except GatedRepoError as error:
         raise ModelError(
-            f"{what}, which is open only to those its owner admits; ask for access on its page and set HF_TOKEN."
+            f"{what}, which is open only to those its owner admits; ask for access on its page and set HF_TOKEN.",
+            code="MODEL_NOT_FOUND",
         ) from error
     except RevisionNotFoundError as error:
-        raise ModelError(f"{what}, and the model has no such revision; write a branch, tag or commit.") from error
+        raise ModelError(
+            f"{what}, and the model has no such revision; write a branch, tag or commit.", code="MODEL_NOT_FOUND"
+        ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
             f"{what}, and the Hub has no such model, or none that this HF_TOKEN may see; check its name, or "
-            f"{FOLDER_HINT}."
+            f"{FOLDER_HINT}.",
+            code="MODEL_NOT_FOUND",
         ) from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "unknown")
-        raise RunError(f"{what}, and the Hub answered with HTTP status {status}; try again later.") from error
+        raise RunError(
+            f"{what}, and the Hub answered with HTTP status {status}; try again later.", code="HUB_UNREACHABLE"
+        ) from error
     if not any(Path(folder).rglob("*.safetensors")):
         raise ModelError(
             f"{what}, and that has no safetensors weights; choose a revision that has them, or convert the model."
@@ -187,7 +199,8 @@ def _from_registry(config: EncoderConfig, cache_folder: Path, tracking_uri: str 
     except MlflowException as error:
         raise ModelError(
             f"encoder.model is {config.model!r}, and the MLflow registry did not give it "
-            f"({scrub(str(error), pairs=True)}); check the name, its alias or version, and tracking.uri."
+            f"({scrub(str(error), pairs=True)}); check the name, its alias or version, and tracking.uri.",
+            code="MODEL_NOT_FOUND",
         ) from error
     native = [entry for entry in folder.rglob("model.sentence_transformer") if entry.is_dir()]
     folders = [found for root in (native or [folder]) for found in model_folders(root)]

@@ -3,22 +3,19 @@
 from dataclasses import asdict
 from typing import Any
 
-from delta.tables import DeltaTable
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 
 from shoal.conf.run import RunConfig
-from shoal.jobs.bookkeeping import Bookkeeper
-from shoal.jobs.canary_store import load_probe
-from shoal.jobs.estimate import estimate, warnings_of
-from shoal.jobs.have import find_have
+from shoal.jobs.changes import find_difference
+from shoal.jobs.encoder_work import EncoderWork
+from shoal.jobs.estimate import warnings_of
 from shoal.jobs.layout import table_of
-from shoal.jobs.planner import Waves, plan_chunks, plan_rows
-from shoal.jobs.prepare import comparable, describe_encoder, options_of, replace_reason, resolve_encoder, try_out
+from shoal.jobs.migration import BACKFILLING, READY, document_of, plan_next, settled_document
+from shoal.jobs.prepare import Encoders, describe_encoders, replace_reason, resolve_encoder
 from shoal.jobs.publish import published_columns
-from shoal.jobs.published import read_published
-from shoal.jobs.session import slots
-from shoal.jobs.source import read_source
+from shoal.jobs.published import Published, read_published
+from shoal.jobs.source import SourceRows, read_source
 
 
 def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) -> dict[str, Any]:
@@ -28,8 +25,10 @@ def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) 
     """
     ref = table_of(spark, config.destination)
     published = read_published(spark, ref)
-    described = describe_encoder(config)
-    encoding = resolve_encoder(spark, config, described, ref, published, full_refresh=full_refresh, say=lambda _: None)
+    encoders = describe_encoders(config).on(published)
+    encoding = resolve_encoder(
+        spark, config, encoders.serving, ref, published, full_refresh=full_refresh, say=lambda _: None
+    )
     spec = encoding.spec
     source = read_source(spark, config.source, config.chunk)
     columns = published_columns(source, store_text=config.destination.store_text)
@@ -43,23 +42,12 @@ def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) 
         return kept[-1]
 
     try:
-        rows = plan_rows(source, config.source, comparable(published, source, spark), keep, replace=replace)
-        have = find_have(spark, ref, published, spec.fingerprint, staged=DeltaTable.isDeltaTable(spark, ref.staging))
-        waves = Waves(slots(spark), config.encode.wave_chunks)
-        chunks = plan_chunks(rows, config.chunk, spec.folder, have.hashes(), keep, waves)
-        rate = None
-        if chunks.num_todo:
-            if DeltaTable.isDeltaTable(spark, ref.runs):
-                rate = Bookkeeper(spark, ref, lambda _: None).last_rate(spec.fingerprint)
-            if rate is None:
-                probe = (
-                    encoding.probe
-                    or load_probe(spark, ref, spec.fingerprint)
-                    or try_out(spark, spec, options_of(config))[0]
-                )
-                rate = probe.report["tokens_per_s"] * slots(spark)
-        price_per_hour = config.encode.price_per_hour
-        found = estimate(chunks.todo, chunks.num_todo, spec, rate=rate, price_per_hour=price_per_hour)
+        difference = find_difference(spark, config, ref, source, published, keep, replace=replace)
+        rows = difference.rows
+        work = EncoderWork(spark, config, ref, encoding, keep)
+        chunks, _ = work.plan_chunks(rows, published)
+        found = work.estimate(chunks.todo, chunks.num_todo)
+        migration = _migration(work, source, published, encoders)
     finally:
         for table in kept:
             table.unpersist()
@@ -67,6 +55,7 @@ def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) 
         "table": str(ref),
         "fingerprint": spec.fingerprint,
         "source_version": source.version,
+        "difference": difference.how,
         "rows": asdict(rows.counts),
         "chunks": {
             "planned": chunks.planned,
@@ -81,8 +70,38 @@ def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) 
         "errors": chunks.errors,
         "tokens": found.tokens,
         "estimate": {"seconds": found.seconds, "price": found.price},
+        "migration": migration,
         "publish": f"write the table anew: {replace}" if replace else "one MERGE",
         "warnings": warnings_of(spec, found, config.chunk),
+    }
+
+
+def _migration(
+    serving: EncoderWork, source: SourceRows, published: Published | None, encoders: Encoders
+) -> dict[str, Any] | None:
+    """What the run would do for the next encoder; `encoded`, `tokens` and `estimate` are those of this one night."""
+    if encoders.cut_over:
+        return settled_document(serving)
+    if encoders.coming is None:
+        return None
+    spark, config, ref = serving.spark, serving.config, serving.ref
+    encoding = resolve_encoder(spark, config, encoders.coming, ref, None, full_refresh=False, say=lambda _: None)
+    if encoding.spec.fingerprint == serving.spec.fingerprint:
+        return settled_document(serving)
+    budget = config.migration.budget
+    planned = plan_next(EncoderWork(spark, config, ref, encoding, serving.keep), source, published, budget)
+    state = BACKFILLING if planned.missing else READY
+    return document_of(encoding.spec.reference, encoding.spec.fingerprint, state, None) | {
+        "planned": planned.chunks.planned,
+        "distinct": planned.chunks.distinct,
+        "missing": planned.fresh,
+        "encoded": planned.chunks.num_todo,
+        "errors": planned.chunks.errors,
+        "tokens": planned.tonight.tokens,
+        "budget": budget.model_dump(mode="json"),
+        "per_night": planned.per_night,
+        "nights_left": planned.nights_left(planned.missing),
+        "estimate": {"seconds": planned.tonight.seconds, "price": planned.tonight.price},
     }
 
 
@@ -100,8 +119,19 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"{chunks['encoded']:,} to encode in {chunks['waves']} waves; {chunks['errors']:,} errors"
         ),
         f"tokens   {found['tokens']:,}",
+        f"compares {found['difference']}",
     ]
     if cost["seconds"] is not None:
         price = "" if cost["price"] is None else f", price {cost['price']:.2f}"
         told.append(f"estimate {cost['seconds']:,.0f} s of encoding{price}")
+    migration = found["migration"]
+    if migration is not None and migration["reason"]:
+        told.append(f"next     {migration['encoder']}: {migration['reason']}")
+    elif migration is not None:
+        seconds, price = migration["estimate"]["seconds"], migration["estimate"]["price"]
+        cost = "" if seconds is None else f", {seconds:,.0f} s" + ("" if price is None else f", price {price:.2f}")
+        told.append(
+            f"next     {migration['encoder']}: {migration['missing']:,} of {migration['distinct']:,} missing, "
+            f"{migration['encoded']:,} to encode in this run{cost}; {migration['nights_left']:,} more nights"
+        )
     return told + [f"warning  {warning}" for warning in found["warnings"]]

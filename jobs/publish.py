@@ -1,15 +1,15 @@
 """Moves the published table in one Delta commit, and only if nobody moved it since the plan: the fence.
 
-A night is one MERGE that deletes the rows concerned by key and inserts them anew; a first run, a full refresh and a
-change
-of schema are one createOrReplace. Both carry the run's state as userMetadata and one transaction id per generation, and
-the head is read afterwards: a MERGE that Delta skips because its transaction id is taken looks like an empty success.
+A night is one MERGE that deletes the rows concerned by key and inserts them anew; a first run, a full refresh, a change
+of schema and a cut-over are one createOrReplace. Both carry the run's state as userMetadata and one transaction id per
+generation, and the head is read afterwards: a MERGE that Delta skips because its transaction id is taken looks like an
+empty success.
 """
 
 import contextlib
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from shoal.conf.run import DestinationConfig
 from shoal.jobs.filesystem import full_disk
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import TableRef
-from shoal.jobs.planner import ACTION, NEW, RowPlan
+from shoal.jobs.planner import ACTION, NEW, RowPlan, key_range
 from shoal.jobs.published import (
     ENCODER_PROPERTY,
     FINGERPRINT_PROPERTY,
@@ -61,7 +61,6 @@ class Target:
 
     ref: TableRef
     before: Published | None
-    settings: DestinationConfig
     table_id: str
     generation: int
     """Of the commit to come: Delta skips a transaction whose number is not above all former ones, in silence."""
@@ -121,29 +120,46 @@ def publish_merge(spark: SparkSession, target: Target, rows: RowPlan, content: D
     # New rows carry their keys too, and the marker that keeps them from matching: NULL keys would all be shuffled into
     # one partition.
     source = gone.withColumn("__come", F.lit(False)).unionByName(content.withColumn("__come", F.lit(True)))
-    on = " AND ".join(["NOT s.__come", *[f"t.{quoted(key)} <=> s.{quoted(key)}" for key in rows.keys]])
+    # The range of the keys concerned, in literals, lets Delta leave out the files that hold none of them.
+    on = " AND ".join(
+        [
+            *key_range(gone, rows.keys),
+            "NOT s.__come",
+            *[f"t.{quoted(key)} <=> s.{quoted(key)}" for key in rows.keys],
+        ]
+    )
     listed = ", ".join(quoted(name) for name in columns)
     values = ", ".join(f"s.{quoted(name)}" for name in columns)
     view = f"shoal_{state.run_id.replace('-', '_')}"
     source.createOrReplaceTempView(view)
     try:
-        _fence(spark, target)
-        with _commit_settings(spark, target, state):
-            spark.sql(
-                f"MERGE INTO {target.ref.sql} AS t USING {view} AS s ON {on} "
-                f"WHEN MATCHED THEN DELETE "
-                f"WHEN NOT MATCHED AND s.__come THEN INSERT ({listed}) VALUES ({values})"
-            )
-    except (PySparkException, Py4JJavaError) as error:
-        return _landed_or_failed(spark, target, state, error)
+        return commit_sql(
+            spark,
+            target,
+            state,
+            f"MERGE INTO {target.ref.sql} AS t USING {view} AS s ON {on} "
+            f"WHEN MATCHED THEN DELETE "
+            f"WHEN NOT MATCHED AND s.__come THEN INSERT ({listed}) VALUES ({values})",
+        )
     finally:
         spark.catalog.dropTempView(view)
+
+
+def commit_sql(spark: SparkSession, target: Target, state: State, statement: str) -> int:
+    """Runs a statement that makes one commit on the published table, fenced and with the state on it; its version."""
+    try:
+        _fence(spark, target)
+        with _commit_settings(spark, target, state):
+            spark.sql(statement)
+    except (PySparkException, Py4JJavaError) as error:
+        return _landed_or_failed(spark, target, state, error)
     return _own_head(spark, target, state)
 
 
 def publish_replace(
     spark: SparkSession,
     target: Target,
+    settings: DestinationConfig,
     rows: RowPlan,
     content: DataFrame,
     spec: EncoderSpec,
@@ -156,7 +172,7 @@ def publish_replace(
     version.
     """
     writer = _with_comments(spark, target, content).writeTo(target.ref.sql).using("delta")
-    for name, value in table_properties(target, rows, spec, encoder).items():
+    for name, value in table_properties(target, settings, rows, spec, encoder).items():
         writer = writer.tableProperty(name, value)
     if target.before and target.before.description:
         writer = writer.tableProperty("comment", target.before.description)
@@ -170,7 +186,9 @@ def publish_replace(
     return _own_head(spark, target, state)
 
 
-def table_properties(target: Target, rows: RowPlan, spec: EncoderSpec, encoder: dict) -> dict[str, str]:
+def table_properties(
+    target: Target, settings: DestinationConfig, rows: RowPlan, spec: EncoderSpec, encoder: dict
+) -> dict[str, str]:
     """Everything that the table says of itself; the user's own properties first, so that ours stand."""
     before = target.before.properties if target.before else {}
     kept = {name: value for name, value in before.items() if not name.startswith(KEPT_BY_DELTA)}
@@ -181,14 +199,27 @@ def table_properties(target: Target, rows: RowPlan, spec: EncoderSpec, encoder: 
         ENCODER_PROPERTY: json.dumps(encoder, sort_keys=True),
         KEYS_PROPERTY: json.dumps(list(rows.keys)),
         METADATA_PROPERTY: json.dumps(list(rows.metadata)),
-        **({SIDECAR_PROPERTY: target.settings.sidecar} if target.settings.sidecar else {}),
-        "delta.constraints.shoal_dim": f"embedding IS NULL OR size(embedding) = {spec.dim}",
-        "delta.constraints.shoal_accounted": "(embedding IS NULL) <> (error IS NULL)",
+        **({SIDECAR_PROPERTY: settings.sidecar} if settings.sidecar else {}),
+        **constraints_of(spec.dim),
     }
     stats = _statistics_columns(rows)
     if stats:
         ours["delta.dataSkippingStatsColumns"] = stats
-    return kept | ours | settable_properties(target.settings)
+    return kept | ours | settable_properties(settings)
+
+
+def constraints_of(dim: int) -> dict[str, str]:
+    """The properties by which Delta refuses, from any writer, vectors of another width and rows without account."""
+    return {
+        "delta.constraints.shoal_dim": f"embedding IS NULL OR size(embedding) = {dim}",
+        "delta.constraints.shoal_accounted": "(embedding IS NULL) <> (error IS NULL)",
+    }
+
+
+def missing_constraints(properties: Mapping[str, str], dim: int) -> list[str]:
+    """Names of Shoal's own constraints that a table with these properties does not have, or not as Shoal wrote them."""
+    wanted = constraints_of(dim)
+    return [name.rpartition(".")[2] for name, condition in wanted.items() if properties.get(name) != condition]
 
 
 def settable_properties(settings: DestinationConfig) -> dict[str, str]:
@@ -260,7 +291,9 @@ def _statistics_columns(rows: RowPlan) -> str:
         or rows.rows.schema[name].dataType.simpleString().startswith("decimal")
     ]
     return ",".join(
-        [name if name.isascii() and name.isidentifier() else quoted(name) for name in good] + ["chunk_index"]
+        [name if name.isascii() and name.isidentifier() else quoted(name) for name in good]
+        # Of errors the number of NULLs counts: what has none is not read to find those that may pass.
+        + ["chunk_index", "error"]
     )
 
 
@@ -310,7 +343,8 @@ def _own_head(spark: SparkSession, target: Target, state: State) -> int:
         raise _overtaken(target, others[0])
     raise RunError(
         f"table {target.ref}: run {state.run_id} has made no commit (Delta passes over a generation that it has "
-        f"already, and {target.generation} may be one); nothing was published, run it again"
+        f"already, and {target.generation} may be one); nothing was published, run it again",
+        code="PUBLISH_FAILED",
     )
 
 
@@ -356,5 +390,6 @@ def _lost_or_failed(error: PySparkException | Py4JJavaError) -> RunError | Desti
     if any(sign in told for sign in CONFLICTS):
         return OvertakenError(f"the publication met another commit on the table ({text}); run it again")
     return RunError(
-        f"the publication failed: {text}; the table is as it was and the vectors wait in staging: run it again"
+        f"the publication failed: {text}; the table is as it was and the vectors wait in staging: run it again",
+        code="PUBLISH_FAILED",
     )

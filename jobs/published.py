@@ -1,17 +1,19 @@
 """What the published table says of itself: its encoder, the newest state of ours in its history, commits by others."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
-from pyspark.errors import AnalysisException
+from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from shoal.conf.errors import DestinationError
 from shoal.jobs.filesystem import FileSystem
+from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import TableRef
 
 FORMAT = 1
@@ -22,6 +24,8 @@ ENCODER_PROPERTY = "shoal.encoder"
 KEYS_PROPERTY = "shoal.keys"
 SIDECAR_PROPERTY = "shoal.sidecar"
 METADATA_PROPERTY = "shoal.metadata"
+
+HASHES = ("content_hash", "row_hash", "meta_hash")
 
 # Commits that move bytes but change no row: a plan made before them still holds.
 WITHOUT_DATA_CHANGE = frozenset(
@@ -96,6 +100,54 @@ class Published:
         """The published rows as of the version described here, whatever is committed meanwhile."""
         return self.ref.read(spark, self.version)
 
+    def ours_rows(self, spark: SparkSession) -> DataFrame | None:
+        """The rows as our newest commit left them, where others have written since and these can still be read."""
+        if not self.foreign or self.ours is None or self.ours.state is None:
+            return None
+        if self.ours.state.record.get("fingerprint") != self.fingerprint:
+            return None
+        rows = self.ref.read(spark, self.ours.version)
+        return rows if readable(rows, *HASHES) else None
+
+    def trusted_rows(self, spark: SparkSession) -> DataFrame:
+        """As `rows`; but what others changed since our newest commit has no hashes, and so is made anew by a run.
+
+        Costs two passes over the table where others have written, and nothing elsewhere.
+        """
+        rows, before = self.rows(spark), self.ours_rows(spark)
+        if before is None:
+            return rows
+        changed = keys_that_differ(rows, before, self.keys).withColumn("__changed", F.lit(True))
+        marked = rows.join(changed, on=list(self.keys), how="left")
+        hashes = {name: F.when(F.col("__changed").isNull(), F.col(name)) for name in HASHES}
+        return marked.withColumns(hashes).select(*[quoted(name) for name in rows.columns])
+
+
+def readable(rows: DataFrame, *columns: str) -> bool:
+    """Whether these columns of all rows can be read: files may be lost, or vacuumed away under an earlier version."""
+    try:
+        rows.select(*columns).write.format("noop").mode("overwrite").save()
+    except (PySparkException, Py4JJavaError):
+        return False
+    return True
+
+
+def keys_that_differ(rows: DataFrame, before: DataFrame, keys: Sequence[str]) -> DataFrame:
+    """The keys, each once, whose chunks in `rows` are not exactly those in `before`; of absent ones too.
+
+    Compared are the columns that both have. Maps have no hash in Spark: a change in maps alone is not seen.
+    """
+    old = {(field.name, field.dataType) for field in before.schema.fields}
+    both = [field for field in rows.schema.fields if (field.name, field.dataType) in old]
+    content = F.xxhash64(*[quoted(field.name) for field in both if "map<" not in field.dataType.simpleString()])
+    named = [quoted(key) for key in keys]
+    chunks = F.struct(F.count(F.lit(1)), F.bit_xor(content))
+    now = rows.groupBy(*named).agg(chunks.alias("__now"))
+    was = before.groupBy(*named).agg(chunks.alias("__was"))
+    return (
+        now.join(was, on=list(keys), how="full_outer").where(~F.col("__now").eqNullSafe(F.col("__was"))).select(*named)
+    )
+
 
 def exists(spark: SparkSession, ref: TableRef) -> bool:
     """Whether there is a table at all; DestinationError when something else stands in its place."""
@@ -106,7 +158,8 @@ def exists(spark: SparkSession, ref: TableRef) -> bool:
     if FileSystem(spark, ref.path or "").is_occupied(ref.path or ""):
         raise DestinationError(
             f"destination.path '{ref.path}': there is something there that is no Delta table; "
-            f"name an empty or a new folder"
+            f"name an empty or a new folder",
+            code="TABLE_NOT_OURS",
         )
     return False
 
@@ -122,18 +175,21 @@ def read_published(spark: SparkSession, ref: TableRef) -> Published | None:
         detail = spark.sql(f"DESCRIBE DETAIL {ref.sql}").collect()[0]
     except (AnalysisException, Py4JJavaError) as error:
         raise DestinationError(
-            f"destination '{ref}' cannot be read as a Delta table: {str(error).strip().splitlines()[0]}"
+            f"destination '{ref}' cannot be read as a Delta table: {str(error).strip().splitlines()[0]}",
+            code="TABLE_UNREADABLE",
         ) from error
     properties = dict(detail["properties"] or {})
     if FORMAT_PROPERTY not in properties:
         raise DestinationError(
             f"destination '{ref}' is not a Shoal table (no property {FORMAT_PROPERTY}): Shoal never overwrites a table "
-            f"that it did not make; name another destination"
+            f"that it did not make; name another destination",
+            code="TABLE_NOT_OURS",
         )
     if int(properties[FORMAT_PROPERTY]) > FORMAT:
         raise DestinationError(
             f"destination '{ref}' has the table format {properties[FORMAT_PROPERTY]} and this Shoal reads up to "
-            f"{FORMAT}; upgrade Shoal"
+            f"{FORMAT}; upgrade Shoal",
+            code="TABLE_FORMAT_NEWER",
         )
     ref = replace(ref, sidecar=properties.get(SIDECAR_PROPERTY, ref.sidecar))
     since: list[Commit] = []

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from shoal.conf.run import RunConfig
-from shoal.jobs.audit import Account
 from shoal.jobs.planner import ChunkPlan, RowCounts
+from shoal.jobs.reconcile import Account
 
-PHASES = ("start", "plan", "encode", "audit", "publish", "record")
+PHASES = ("start", "plan", "encode", "audit", "publish", "migrate", "maintain", "record")
 
 
 @dataclass
@@ -30,7 +30,11 @@ class Report:
     generation: int | None = None
     mlflow_run: str | None = None
     fingerprint: str | None = None
+    encoder: str | None = None
+    verb: str = "embed"
     source_version: int | None = None
+    source_state: dict[str, Any] | None = None
+    difference: str | None = None
     rows: RowCounts = field(default_factory=RowCounts)
     planned: int = 0
     distinct: int = 0
@@ -45,9 +49,12 @@ class Report:
     padding_share: float | None = None
     parity_min_cosine: float | None = None
     ndcg: float | None = None
+    migration: dict[str, Any] | None = None
+    maintenance: dict[str, Any] | None = None
     progress: list[tuple[float, int, int]] = field(default_factory=list)
     reason: str | None = None
     error: str | None = None
+    code: str | None = None
     warnings: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -75,6 +82,7 @@ class Report:
             "mlflow_run": self.mlflow_run,
             "fingerprint": self.fingerprint,
             "source_version": self.source_version,
+            "difference": self.difference,
             "rows": asdict(self.rows),
             "chunks": {
                 "planned": self.planned,
@@ -93,8 +101,11 @@ class Report:
             "padding_share": self.padding_share,
             "parity_min_cosine": self.parity_min_cosine,
             "ndcg": self.ndcg,
+            "migration": self.migration,
+            "maintenance": self.maintenance,
             "reason": self.reason,
             "error": self.error,
+            "code": self.code,
             "warnings": self.warnings,
         }
 
@@ -102,8 +113,11 @@ class Report:
         """What is printed, and what else the commit, the runs table and MLflow keep; plain JSON values only."""
         assert self.config is not None  # noqa: S101 - only a failure before the run file was read has none
         return self.public() | {
+            "verb": self.verb,
             "name": self.config.name,
+            "encoder": self.encoder,
             "source": source_name(self.config),
+            "source_state": self.source_state,
             "progress": self.progress,
             "started_ms": int(self.started * 1000),
             "ended_ms": int(time.time() * 1000),
@@ -116,7 +130,8 @@ class Report:
         record = self.public()
         rows, chunks = record["rows"], record["chunks"]
         if self.status == "unchanged":
-            return [f"nothing to do: {rows['source']:,} rows unchanged in {self.table} (version {self.version})"]
+            told = [f"nothing to do: {rows['source']:,} rows unchanged in {self.table} (version {self.version})"]
+            return told + self._next_encoder()
         told = [
             f"published {self.table} version {self.version}"
             if self.status == "published"
@@ -141,8 +156,19 @@ class Report:
         told.append(f"seconds   {record['seconds']['total']:.1f}: {phases}")
         if record["errors"]:
             told.append("errors    " + ", ".join(f"{reason}: {count}" for reason, count in record["errors"].items()))
+        told += self._next_encoder()
         told.append(f"run       {self.run_id}, MLflow {self.mlflow_run or 'not recorded'}")
         return told
+
+    def _next_encoder(self) -> list[str]:
+        """One line on the migration, where there is one."""
+        part = self.migration
+        if part is None:
+            return []
+        counts = f"{part['encoded']:,} encoded, {part['missing']:,} of {part['distinct']:,} contents missing"
+        left = f", about {part['nights_left']:,} more nights" if part["nights_left"] else ""
+        why = f" ({part['reason']})" if part["reason"] and part["state"] != "backfilling" else ""
+        return [f"next      {part['encoder']}: {part['state']}, {counts}{left}{why}"]
 
 
 def source_name(config: RunConfig) -> str:

@@ -1,22 +1,18 @@
 """`shoal search`: the chunks nearest to a text, exactly, with the query encoded by the table's own encoder."""
 
-from dataclasses import replace
 from typing import Any
 
 from pyspark.errors import PySparkException
 from pyspark.sql import Row, SparkSession
 from pyspark.sql import functions as F
 
-from shoal.conf.errors import ConfigError, DestinationError, EncoderChangedError
-from shoal.conf.run import EncoderConfig
+from shoal.conf.errors import ConfigError, DestinationError
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import table_named
-from shoal.jobs.model_source import pinned_reference, resolve_spec
 from shoal.jobs.nearest import SCORE, encode_queries, nearest
-from shoal.jobs.prepare import model_cache
+from shoal.jobs.prepare import encoder_of
 from shoal.jobs.published import Published, read_published
 from shoal.jobs.report import plain
-from shoal.udfs.encoder_spec import EncoderSpec
 
 
 def search(
@@ -35,7 +31,9 @@ def search(
     ref = table_named(spark, table)
     published = read_published(spark, ref)
     if published is None:
-        raise DestinationError(f"table '{table}': there is no such table; `shoal embed` makes one")
+        raise DestinationError(
+            f"table '{table}': there is no such table; `shoal embed` makes one", code="TABLE_NOT_FOUND"
+        )
     queries_QD = encode_queries(spark, encoder_of(published), texts)
     rows = published.rows(spark)
     try:
@@ -53,30 +51,6 @@ def search(
         ]
         for hits in found
     ]
-
-
-def encoder_of(published: Published) -> EncoderSpec:
-    """The table's encoder, found again by its reference and proved to be the same by its fingerprint."""
-    recorded = published.encoder
-    settings = EncoderConfig.model_validate(recorded["settings"])
-    if settings.form == "hub" and recorded["revision"]:
-        settings = settings.model_copy(update={"revision": recorded["revision"]})
-    if settings.form == "registry":
-        settings = settings.model_copy(update={"model": pinned_reference(settings.model, recorded["revision"])})
-    spec = resolve_spec(settings, model_cache(), tracking_uri=recorded.get("registry"))
-    spec = replace(
-        spec,
-        precision=recorded["identity"]["precision"],
-        backend=recorded["backend"],
-        query_prompt=recorded["query_prompt"],
-    )
-    if spec.fingerprint != published.fingerprint:
-        raise EncoderChangedError(
-            f"table {published.ref} holds vectors of fingerprint {published.fingerprint}, and {recorded['reference']} "
-            f"is now {spec.fingerprint}: the model's files have changed. Put the former files back; a query vector "
-            f"of another encoder would find nothing sensible"
-        )
-    return spec
 
 
 def _texts(spark: SparkSession, published: Published, found: list[Row], by: list[str]) -> dict[tuple[Any, ...], str]:

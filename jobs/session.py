@@ -79,7 +79,8 @@ def open_spark(settings: SparkConfig, *, app_name: str, log_file: Path | None = 
         where = log_file or default_log_file()
         raise RunError(
             f"spark.master '{conf.get('spark.master')}': Spark did not start ({_first_line(error)}); "
-            f"Java 17 has to be on PATH or in JAVA_HOME. Spark's own log: {where}"
+            f"Java 17 has to be on PATH or in JAVA_HOME. Spark's own log: {where}",
+            code="SPARK_UNAVAILABLE",
         ) from error
     _require_delta(spark)
     return spark

@@ -15,6 +15,23 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
+# Hundreds of small queries, each run once or twice: compiling and adapting their plans costs more than it saves, half
+# of the time of a run. Tests on a cluster, of the command line and of the quickstart leave Spark as users have it.
+SMALL_QUERIES = {
+    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+    "spark.sql.adaptive.enabled": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.shuffle.partitions": "2",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: started last, the longest of them would run alone at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SparkSession"]:
     """Spark with Delta, two slots, and a warehouse of its own."""
@@ -27,12 +44,10 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SparkSession"]:
         master="local[2,2]",
         driver_memory="2g",
         conf={
-            "spark.sql.shuffle.partitions": "2",
+            **SMALL_QUERIES,
             "spark.sql.warehouse.dir": str(folder / "warehouse"),
             "spark.sql.catalogImplementation": "in-memory",
             "spark.sql.debug.maxToStringFields": "100",
-            # Hundreds of small queries, each run once or twice: optimising their code costs more than it saves.
-            "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
         },
     )
     session = open_spark(settings, app_name="shoal tests", log_file=folder / "spark.log")

@@ -36,20 +36,43 @@ OF_SPARK = ("pyspark.TaskContext", "pyspark.sql.types", "pyspark.sql.functions.p
 
 # One verb each. What two of them share has a module of its own; only three put verbs together: the command line calls
 # each, the quickstart embeds and searches, and a bench of the main job has to run it.
-ENTRY_FILES = frozenset({"config", "embed", "errors", "history", "plan", "quickstart", "search"})
+ENTRY_FILES = frozenset(
+    {
+        "audit",
+        "config",
+        "cutover",
+        "embed",
+        "errors",
+        "history",
+        "optimize",
+        "plan",
+        "purge",
+        "quickstart",
+        "restore",
+        "search",
+        "status",
+        "vacuum",
+    }
+)
 MAY_IMPORT_ENTRY_FILES = {
-    "cli": ENTRY_FILES | {"bench"},
+    "cli": ENTRY_FILES | {"bench", "bench_nightly", "bench_scale"},
     "quickstart": {"embed", "search"},
     "bench": {"embed"},
+    "bench_nightly": {"embed"},
+    "bench_scale": {"embed"},
 }
 
 # Exceptions that are no ShoalError, and why.
-OUTSIDE_THE_TREE = {"SettingsError": "pydantic turns only a ValueError of a validator into a problem with a place"}
+OUTSIDE_THE_TREE = {
+    "SettingsError": "pydantic turns only a ValueError of a validator into a problem with a place",
+    "ChildDied": "the encoder in isolation makes an error row of it, or a WorkerError",
+}
 
 # Test files of tests/X/ without a module X/Y.py, and why.
 WITHOUT_A_MODULE = {
     "tests/jobs/test_protocol.py": "a run killed between any two steps, and two runs at once",
     "tests/jobs/test_cluster.py": "the main job on several executor processes",
+    "tests/jobs/test_faults.py": "a pipeline killed and hurt by the harness in tests/jobs/faults",
     "tests/jobs/test_cranfield.py": "the whole pipeline, judged by a known ranking",
 }
 

@@ -26,13 +26,22 @@ SHOAL = Path(sys.executable).with_name("shoal")
 COMMAND_LINE = {
     "embed": ["--debug", "--full-refresh", "--json", "--limit", "--set", "FILE"],
     "plan": ["--debug", "--full-refresh", "--json", "--set", "FILE"],
+    "cutover": ["--debug", "--json", "--set", "FILE"],
     "search": ["--debug", "--json", "--where", "-k", "TABLE", "TEXT"],
     "history": ["--debug", "--json", "TABLE"],
+    "status": ["--debug", "--json", "--max-lag", "--pending", "TABLES"],
     "errors": ["--debug", "--json", "TABLE"],
+    "audit": ["--debug", "--json", "--sample", "TABLE"],
+    "purge": ["--debug", "--json", "--keys", "TABLE"],
+    "restore": ["--before", "--debug", "--json", "--run", "--to", "TABLE"],
+    "optimize": ["--debug", "--dry-run", "--json", "TABLE"],
+    "vacuum": ["--debug", "--dry-run", "--json", "TABLE"],
     "config check": ["--set", "FILE"],
     "config schema": [],
     "quickstart": ["--debug", "--json"],
     "bench encode": ["--debug", "--json", "--model", "--texts"],
+    "bench nightly": ["--chunks", "--debug", "--json", "--nights"],
+    "bench scale": ["--debug", "--json", "--rows"],
 }
 
 

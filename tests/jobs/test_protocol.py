@@ -55,7 +55,16 @@ def settings(folder: Path, rows: list[dict[str, Any]], **sections: Any) -> Path:
         "encode": {"wave_chunks": 5 if rows is NIGHT else 13},
         "limits": {"max_deleted": "100%"},
         "tracking": {"enabled": False},
-        "spark": {"master": "local[2]", "conf": {"spark.sql.shuffle.partitions": "2"}},
+        "spark": {
+            "master": "local[2]",
+            "conf": {
+                "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+                "spark.sql.adaptive.enabled": False,
+                "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+                "spark.sql.codegen.wholeStage": False,
+                "spark.sql.shuffle.partitions": 2,
+            },
+        },
     } | sections  # fmt: skip
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(run))
@@ -144,8 +153,10 @@ REPLACE, MERGE = "CREATE OR REPLACE TABLE AS SELECT", "MERGE"
 @pytest.mark.parametrize(
     ("night", "step", "has_landed"),
     [
+        (False, "lease taken", False),
         (False, "recovered", False),
         (True, "planned", False),
+        (False, "probed", False),
         (False, "wave 1 staged", False),
         (True, "wave 1 staged", False),
         (True, "audited", False),
@@ -154,6 +165,7 @@ REPLACE, MERGE = "CREATE OR REPLACE TABLE AS SELECT", "MERGE"
         (True, "landed", True),
         (True, "recorded", True),
         (False, "tracked", True),
+        (True, "trimmed", True),
     ],
 )
 def test_a_run_killed_at_a_step_leaves_a_complete_version_and_the_next_run_finishes(

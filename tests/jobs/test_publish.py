@@ -68,7 +68,7 @@ Publisher = Callable[[SparkSession, Target, str], int]
 
 
 def target_of(run: Path, before: Published, **fields: Any) -> Target:
-    target = Target(before.ref, before, load_run(run).destination, before.table_id, before.generation + 1)
+    target = Target(before.ref, before, before.table_id, before.generation + 1)
     return replace(target, **fields)
 
 
@@ -86,9 +86,10 @@ def merge(spark: SparkSession, target: Target, run_id: str) -> int:
 
 def write_anew(spark: SparkSession, target: Target, run_id: str) -> int:
     rows, content = change(spark, target.ref, run_id)
-    spec = describe_hash(load_run_of(target).encoder)
+    config = load_run_of(target)
+    spec = describe_hash(config.encoder)
     state = State(run_id, target.generation, {})
-    return publish_replace(spark, target, rows, content, spec, {"identity": spec.identity()}, state)
+    return publish_replace(spark, target, config.destination, rows, content, spec, {"identity": spec.identity()}, state)
 
 
 def load_run_of(target: Target) -> Any:

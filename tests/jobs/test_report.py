@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from shoal.conf.loader import load_run
-from shoal.jobs.audit import Account
 from shoal.jobs.planner import RowCounts
+from shoal.jobs.reconcile import Account
 from shoal.jobs.report import PHASES, Report, git_revision, source_name
 
 
