@@ -5,7 +5,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install jars quickstart test test-fast test-gpu lint check bench faults faults-short audit lock clean check-python check-java
+.PHONY: help install jars quickstart test test-long test-fast test-gpu lint check bench faults faults-short audit lock clean \
+  check-python check-java
 
 VENV ?= .venv
 # Each has a Spark session of its own: two are about 5 GB of memory, and keep two cores busy.
@@ -47,8 +48,11 @@ jars: $(INSTALLED) check-java ## fetch Delta's jars again; sessions started afte
 quickstart: install ## embed the standard library's docstrings, then search them; again: nothing to do
 	@$(VENV)/bin/shoal quickstart
 
-test: install ## all tests, with the slow ones: a quarter of an hour on two cores
+test: install ## all tests but the long ones: half an hour on two cores
 	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+test-long: install ## what `test` leaves out: long histories, kills at every step, benches; an hour
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile -m long
 
 test-fast: $(INSTALLED) ## the tests of conf/ and udfs/: no Java, no Spark
 	$(PY) -m pytest tests/conf tests/udfs -m "not spark and not slow and not gpu"

@@ -18,7 +18,7 @@ from shoal.jobs.compaction import MAX_DELETED_SHARE, SMALL_BYTES, TableSize, com
 from shoal.jobs.filesystem import FileSystem
 from shoal.jobs.layout import TableRef, read_delta
 from shoal.jobs.published import Published
-from shoal.jobs.sweep import Part, stale_staging, sweep, tables
+from shoal.jobs.sweep import Part, stale_encoders, sweep, tables
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _why_vacuum(
     days = 0.0 if since is None else (time.time() - since / 1000) / 86400
     if days >= limits.vacuum_every.total_seconds() / 86400:
         why.append(f"{'the first run was' if is_first else 'last vacuum'} {days:.0f} days ago")
-    if others := sum(part.rows for part in stale_staging(spark, published) if not part.is_serving):
+    if others := sum(part.rows for part in stale_encoders(spark, published)):
         why.append(f"{others} staged rows of encoders that nobody uses")
     return why
 

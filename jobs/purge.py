@@ -232,7 +232,7 @@ class _Purging:
         sealed = operation.commit(self._neutral(operation.ref.sql), PURGING, **self._more(done))
         operation.step("sealed")
         done.version, done.generation = sealed["version"], sealed["generation"]
-        cut_log(operation.spark, operation.ref.sql)
+        cut_log(operation.spark, operation.ref.sql, done.version)
         operation.step("log cut")
 
     def _leave_head_only(self, path: str) -> None:
@@ -395,8 +395,8 @@ def _without_retention_check(spark: SparkSession) -> Iterator[None]:
             spark.conf.set(_RETENTION_CHECK, before)
 
 
-def cut_log(spark: SparkSession, sql: str) -> None:
-    """Leaves a table's log with a checkpoint of its newest version and that commit, which must not name old files.
+def cut_log(spark: SparkSession, sql: str, first: int | None = None) -> None:
+    """Leaves a table's log with a checkpoint of its newest version, and the commits from `first` (unset: that) on.
 
     Commits and checkpoints before it hold smallest and largest values of columns of files that are gone. Delta itself
     drops them by the day, and not before a day is over. Oldest first, so that what is left has no gap if this dies.
@@ -412,21 +412,28 @@ def cut_log(spark: SparkSession, sql: str) -> None:
     names = files.names(folder)
     of_head = [name for name in names if name.startswith(f"{version:020d}.checkpoint")]
     pointer = json.loads(files.read(join(folder, "_last_checkpoint")) or "{}")
-    if not of_head or pointer.get("version") != version:
+    if not of_head or pointer.get("version", -1) < version:
         raise InternalError(
             f"table {sql}: Delta wrote no checkpoint of version {version}, so its log cannot be cut; please report "
             f"this, and run the purge again"
         )
-    used = _sidecars_of(spark, folder, of_head) if "_sidecars" in names else set()
     for name in names:
-        found = _VERSION.match(name)
+        number = _version_of(name)
+        # Somebody may have committed since the purge sealed the table: our commit carries our state and has to stay.
+        is_old = number is not None and number < (version if ".checkpoint" in name or first is None else first)
         # Names with a dot in front are commits that a killed writer never put in place.
-        if (found and int(found[1]) < version) or (name.startswith(".") and name.endswith(".tmp")):
+        if is_old or (name.startswith(".") and name.endswith(".tmp")):
             files.delete(join(folder, name))
+    used = _sidecars_of(spark, folder, of_head) if "_sidecars" in names else set()
     for name in files.names(join(folder, "_sidecars")):
-        if name not in used:
+        if name not in used and (_version_of(name) or 0) <= version:
             files.delete(join(folder, "_sidecars", name))
     all_logs.clearCache()
+
+
+def _version_of(name: str) -> int | None:
+    found = _VERSION.match(name)
+    return int(found[1]) if found else None
 
 
 def _sidecars_of(spark: SparkSession, folder: str, names: list[str]) -> set[str]:

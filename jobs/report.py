@@ -15,6 +15,8 @@ from shoal.jobs.planner import ChunkPlan, RowCounts
 from shoal.jobs.reconcile import Account
 
 PHASES = ("start", "plan", "encode", "audit", "publish", "migrate", "maintain", "record")
+SOMETIMES = ("migrate", "maintain")
+"""Phases that most runs do not have."""
 
 
 @dataclass
@@ -152,7 +154,8 @@ class Report:
                 f"encoding  {record['tokens']:,} tokens in {encode:.1f} s: {chunks['encoded'] / encode:,.0f} chunks/s, "
                 f"{record['tokens'] / encode:,.0f} tokens/s"
             )
-        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in record["seconds"].items() if name != "total")
+        taken = {name: seconds for name, seconds in record["seconds"].items() if name != "total"}
+        phases = ", ".join(f"{name} {taken[name]:.1f}" for name in taken if taken[name] or name not in SOMETIMES)
         told.append(f"seconds   {record['seconds']['total']:.1f}: {phases}")
         if record["errors"]:
             told.append("errors    " + ", ".join(f"{reason}: {count}" for reason, count in record["errors"].items()))

@@ -59,11 +59,17 @@ def retain_of(published: Published) -> timedelta:
     return timedelta(hours=int(found[1]) * _HOURS[found[2].lower()])
 
 
-def stale_staging(spark: SparkSession, published: Published, now: datetime | None = None) -> list[Stale]:
-    """Of encoders that neither serve nor are to come, what is older than `retain`; of the serving one, the published.
+def stale_staging(spark: SparkSession, published: Published) -> list[Stale]:
+    """Of encoders nobody needs, what is older than `retain`; of the serving one, what has been published."""
+    stale = stale_encoders(spark, published)
+    if DeltaTable.isDeltaTable(spark, published.ref.staging):
+        rows = _staged_and_published(spark, published).count()
+        stale += [Stale(published.fingerprint, rows, is_serving=True)] if rows else []
+    return stale
 
-    All of staging is kept while a run is alive, and what the newest run had as its next encoder always.
-    """
+
+def stale_encoders(spark: SparkSession, published: Published) -> list[Stale]:
+    """Of encoders that neither serve nor are to come, what nobody has added to for `retain`; joins nothing."""
     ref = published.ref
     if not DeltaTable.isDeltaTable(spark, ref.staging):
         return []
@@ -73,16 +79,15 @@ def stale_staging(spark: SparkSession, published: Published, now: datetime | Non
     if not groups:
         return []
     coming = _next_fingerprints(spark, ref)
-    limit = ((now or datetime.now(UTC)) - retain_of(published)).timestamp() * 1000
-    found = []
-    for group in groups:
-        fingerprint = group["fingerprint"]
-        if fingerprint == published.fingerprint:
-            if rows := _staged_and_published(spark, published).count():
-                found.append(Stale(fingerprint, rows, is_serving=True))
-        elif coming is not None and fingerprint not in coming and (group["newest"] or 0) < limit:
-            found.append(Stale(fingerprint, group["rows"], is_serving=False))
-    return found
+    if coming is None:
+        return []
+    kept = {published.fingerprint, *coming}
+    limit = (datetime.now(UTC) - retain_of(published)).timestamp() * 1000
+    return [
+        Stale(group["fingerprint"], group["rows"], is_serving=False)
+        for group in groups
+        if group["fingerprint"] not in kept and (group["newest"] or 0) < limit
+    ]
 
 
 def _next_fingerprints(spark: SparkSession, ref: TableRef) -> set[str] | None:

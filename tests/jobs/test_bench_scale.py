@@ -31,6 +31,7 @@ print(json.dumps(bench_scale.bench_scale({NUM_ROWS}, say=lambda line: print(line
 """
 
 
+@pytest.mark.long
 def test_nothing_that_grows_with_the_corpus_is_collected_on_the_driver(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CAPPED], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False

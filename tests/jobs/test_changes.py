@@ -220,6 +220,7 @@ def play(spark: SparkSession, folder: Path, history: list[list[Any]]) -> None:
             assert encoded[out] == len(texts), told
 
 
+@pytest.mark.long
 @settings(
     # A history takes half a minute: one in every test run, more by hand.
     max_examples=int(os.environ.get("SHOAL_HISTORIES", "1")),
@@ -280,6 +281,7 @@ def test_nights_without_changes_commit_nothing_and_go_on_from_the_last_version_s
     assert again["source_version"] == now
 
 
+@pytest.mark.long
 def test_a_text_is_encoded_once_however_often_it_occurs_wherever_it_goes_and_when_it_comes_back(
     nightly: Nightly,
 ) -> None:
@@ -331,6 +333,7 @@ def test_errors_that_may_pass_are_tried_again_though_the_feed_does_not_tell_of_t
     assert seen(nightly.published()) == nightly.rebuilt()
 
 
+@pytest.mark.long
 def test_what_the_feed_cannot_tell_is_found_by_comparing_everything_and_the_reason_is_said(
     spark: SparkSession, nightly: Nightly
 ) -> None:

@@ -17,6 +17,7 @@ HURTS = {
 }
 
 
+@pytest.mark.long
 def test_what_is_published_stays_complete_and_the_next_run_makes_everything_good(tmp_path: Path) -> None:
     command = [sys.executable, HARNESS, "--kills", "4", "--real", "0", "--hurts", "vacuum,staging,canary", "--json"]
 

@@ -282,6 +282,7 @@ def test_too_many_errors_refuse_the_cut_over_and_failed_contents_are_tried_again
     assert config.next_encoder is not None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [7])
 def test_after_random_nights_the_table_is_that_of_a_rebuild_and_each_text_was_encoded_once_per_encoder(
     spark: SparkSession, tmp_path: Path, seed: int
@@ -317,7 +318,14 @@ def test_after_random_nights_the_table_is_that_of_a_rebuild_and_each_text_was_en
     assert encoded <= len(served)
 
 
-@pytest.mark.parametrize("step", ["next wave 1 staged", "fenced", "cut over"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param("next wave 1 staged", marks=pytest.mark.long),
+        "fenced",
+        pytest.param("cut over", marks=pytest.mark.long),
+    ],
+)
 def test_a_night_killed_in_its_migration_is_finished_by_the_next_and_encodes_nothing_twice(
     spark: SparkSession, night: Callable[..., RunConfig], tmp_path: Path, step: str
 ) -> None:

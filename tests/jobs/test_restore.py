@@ -251,7 +251,9 @@ def test_the_next_night_reads_the_change_feed_from_the_restored_state(spark: Spa
     assert_is(spark, tmp_path, {"a": "other", "c": "three"}, 8)
 
 
-@pytest.mark.parametrize(("step", "is_done"), [("restore planned", False), ("committed", True)])
+@pytest.mark.parametrize(
+    ("step", "is_done"), [pytest.param("restore planned", False, marks=pytest.mark.long), ("committed", True)]
+)
 def test_a_restore_that_was_killed_has_happened_or_has_not(
     spark: SparkSession, folder: Path, step: str, is_done: bool
 ) -> None:

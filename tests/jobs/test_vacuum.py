@@ -124,6 +124,7 @@ def test_a_run_that_is_alive_is_left_alone(spark: SparkSession, folder: Path) ->
     assert places(folder) == before
 
 
+@pytest.mark.long
 def test_a_vacuum_that_was_killed_is_finished_by_the_next(spark: SparkSession, folder: Path) -> None:
     ref = ref_of(spark, folder)
     env = {key: value for key, value in os.environ.items() if not key.startswith(("SPARK_", "PYSPARK_"))}

@@ -49,7 +49,7 @@ class History:
         return self._turn({self._key(): self._row() for _ in range(self.num_rows)}, frozenset(), None)
 
     def night(self) -> Night:
-        """Inserts, changed texts, changed labels and deletions, with now and then something done by somebody else."""
+        """As many new rows as deleted ones, changed texts and labels; now and then somebody else does something too."""
         keys = sorted(self.rows)
         picked = self.random.sample(keys, min(len(keys), 2 * self.texts_per_night))
         third = self.texts_per_night // 3
@@ -58,7 +58,7 @@ class History:
         labels = {
             key: (self.rows[key][0], f"night {self.number}") for key in picked[2 * third + third // 2 : 3 * third]
         }
-        new = {self._key(): self._row() for _ in range(self.texts_per_night - third)}
+        new = {self._key(): self._row() for _ in range(third)}
         return self._turn(changed | labels | new, deletes, self.random.choice(EVENTS))
 
     def _turn(self, upserts: dict[str, Row], deletes: frozenset[str], event: str | None) -> Night:
