@@ -5,8 +5,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install jars quickstart test test-long test-fast test-gpu lint check bench faults faults-short audit lock clean \
-  check-python check-java
+.PHONY: help install jars quickstart test test-long test-fast test-gpu lint check bench faults faults-short audit lock
+.PHONY: clean check-python check-java
 
 VENV ?= .venv
 # Each has a Spark session of its own: two are about 5 GB of memory, and keep two cores busy.

@@ -173,10 +173,9 @@ def make(*words: str) -> subprocess.CompletedProcess[str]:
 def test_bare_make_prints_one_line_for_each_target() -> None:
     done = make()
     makefile = (ROOT / "Makefile").read_text()
-    phony = re.search(r"^\.PHONY: (.*)$", makefile, flags=re.M)
-    assert phony is not None
+    phony = " ".join(re.findall(r"^\.PHONY: (.*)$", makefile, flags=re.M)).split()
     shown = [line.split()[1] for line in done.stdout.splitlines()]
-    assert sorted(shown) == sorted(set(phony[1].split()) - {"check-java", "check-python"})
+    assert sorted(shown) == sorted(set(phony) - {"check-java", "check-python"})
 
 
 @pytest.mark.parametrize(

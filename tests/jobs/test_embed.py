@@ -157,8 +157,8 @@ def test_a_run_with_nothing_to_do_builds_no_encoder(
     def refuse(*arguments: object, **settings: object) -> None:
         raise AssertionError("an encoder was asked for")
 
-    monkeypatch.setattr("shoal.jobs.embed.encode_waves", refuse)
-    monkeypatch.setattr("shoal.jobs.embed.try_out", refuse)
+    monkeypatch.setattr("shoal.jobs.encoder_work.encode_waves", refuse)
+    monkeypatch.setattr("shoal.jobs.encoder_work.try_out", refuse)
     monkeypatch.setattr("shoal.jobs.prepare.try_out", refuse)
 
     assert embed(spark, config).record()["status"] == "unchanged"
