@@ -11,7 +11,7 @@ from pyspark.sql import functions as F
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import TableRef
 from shoal.jobs.planner import NOTHING, ChunkPlan, Keep, Waves, key_range, near, without
-from shoal.jobs.published import Commit, Published, commits
+from shoal.jobs.published import Commit, Published, commits, readable
 from shoal.jobs.staging import staged_vectors
 
 VECTOR_COLUMNS = ("content_hash", "embedding", "n_tokens", "truncated", "embedded_at")
@@ -165,12 +165,19 @@ def _earlier(spark: SparkSession, ref: TableRef, fingerprint: str) -> list[DataF
             continue
         is_own = commit.state.record.get("fingerprint") == fingerprint
         if is_own and not newer_is_own:
-            try:
-                rows = _with_vector(ref.read(spark, commit.version))
-                rows.select("content_hash").write.format("noop").mode("overwrite").save()
-            except (PySparkException, Py4JJavaError):
-                # Vacuumed, or the log no longer reaches back: what cannot be read is encoded again.
+            rows = _readable_version(spark, ref, commit.version)
+            if rows is None:
                 return found
             found.append(rows)
         newer_is_own = is_own
     return found
+
+
+def _readable_version(spark: SparkSession, ref: TableRef, version: int) -> DataFrame | None:
+    """The rows with a vector of an earlier version; None where it cannot be read: then they are encoded again."""
+    try:
+        rows = _with_vector(ref.read(spark, version))
+    except (PySparkException, Py4JJavaError):
+        # The log no longer reaches back.
+        return None
+    return rows if readable(rows, "content_hash") else None
