@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         _require_text(args)
-        code: int = args.run(args)
+        code: int = args.verb(args)
     except ShoalError as error:
         return _failed(args, error, error.exit_code, error.status)
     except KeyboardInterrupt as interrupt:
@@ -106,9 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check = configs.add_parser("check", help="check a run file, without Spark")
     _file_arguments(check)
-    check.set_defaults(run=_config_check, json=False, debug=False)
+    check.set_defaults(verb=_config_check, json=False, debug=False)
     schema = configs.add_parser("schema", help="print the JSON Schema of a run file, for editors")
-    schema.set_defaults(run=_config_schema, json=False, debug=False)
+    schema.set_defaults(verb=_config_schema, json=False, debug=False)
     _add(
         verbs,
         "quickstart",
@@ -153,7 +153,7 @@ def _add(
         "--json", action="store_true", help="print one JSON document on stdout, everything else on stderr"
     )
     parser.add_argument("--debug", action="store_true", help="show stack traces")
-    parser.set_defaults(run=run)
+    parser.set_defaults(verb=run)
     return parser
 
 
@@ -429,7 +429,7 @@ def _document_of(args: argparse.Namespace, error: BaseException) -> dict[str, An
     """What --json prints of a failure: for `embed` the whole report, of which the error is a part."""
     status, told, code = getattr(error, "status", "failed"), _told(error), code_of(error)
     report = getattr(error, "report", None)
-    if report is None and args.run is _embed:
+    if report is None and args.verb is _embed:
         from shoal.jobs.report import Report
 
         report = Report(status=status, error=told, code=code)

@@ -63,11 +63,14 @@ def size_of(spark: SparkSession, sql: str, small_bytes: int = SMALL_BYTES) -> Ta
 def compact(spark: SparkSession, sql: str, small_bytes: int = SMALL_BYTES) -> None:
     """OPTIMIZE of the small files, and of those with too many deleted rows, which are left out of what is written.
 
-    One commit without change of data, or none where there is nothing to do. REORG would write every file again that
-    has a single deleted row.
+    Commits without change of data, or none where there is nothing to do. OPTIMIZE leaves a file alone that it finds no
+    other to join with; REORG does not, but writes every file again that has a single deleted row, which is worth it
+    where the whole table has too many.
     """
     with _settings(spark, {_SMALL_FILES: str(small_bytes), _DELETED_SHARE: str(MAX_DELETED_SHARE)}):
         spark.sql(f"OPTIMIZE {sql}")
+        if size_of(spark, sql, small_bytes).deleted_share > MAX_DELETED_SHARE:
+            spark.sql(f"REORG TABLE {sql} APPLY (PURGE)")
 
 
 @contextmanager

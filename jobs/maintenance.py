@@ -72,7 +72,8 @@ def _why_optimize(spark: SparkSession, ref: TableRef, size: TableSize, limits: T
     why = []
     if size.small_files > limits.small_files:
         why.append(f"{size.small_files} small files (more than {limits.small_files})")
-    if size.deleted_share > limits.deleted_share or size.worn_files:
+    can_join = size.worn_files + size.small_files > 1
+    if size.deleted_share > limits.deleted_share or (size.worn_files and can_join):
         why.append(f"{size.deleted_rows} of {size.rows} rows are marked as deleted")
     for name, sql in tables(spark, ref).items():
         if name != "published" and (num := size_of(spark, sql).files) > limits.sidecar_files:

@@ -34,6 +34,8 @@ _DEFAULTS = {
 _LOCAL_DEFAULTS = {
     "spark.databricks.delta.snapshotPartitions": "2",
     "spark.sql.shuffle.partitions": "8",
+    # As many tasks as this list the files for each VACUUM, ten thousand if nobody says otherwise.
+    "spark.sql.sources.parallelPartitionDiscovery.parallelism": "8",
     "spark.driver.bindAddress": "127.0.0.1",
     "spark.driver.host": "127.0.0.1",
     "spark.ui.enabled": "false",

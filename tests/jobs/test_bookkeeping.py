@@ -1,7 +1,7 @@
 """The runs table and what is sent from it: every step repeated, interrupted and caught up with."""
 
+import json
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from shoal.jobs import bookkeeping
 from shoal.jobs.bookkeeping import Bookkeeper, drop_work
 from shoal.jobs.filesystem import FileSystem
 from shoal.jobs.layout import TableRef, table_of
-from shoal.jobs.published import Commit, Published, State
+from shoal.jobs.published import Published, State, commits
 from shoal.jobs.report import Report
 from shoal.jobs.tracking import RUN_ID_TAG
 
@@ -57,11 +57,14 @@ def record(config: RunConfig, run_id: str, **fields: Any) -> dict[str, Any]:
     return Report(config, run_id, config.destination.name, status="published").record() | fields
 
 
-def dead(ref: TableRef, found: dict[str, Any], version: int) -> Published:
+def dead(spark: SparkSession, ref: TableRef, found: dict[str, Any]) -> Published:
     """A table whose head is the commit of a run, as that run recorded itself in it."""
-    state = State(found["run_id"], 1, found)
-    head = Commit(version, datetime.now(UTC), "MERGE", None, state)
-    return Published(ref, version, {}, None, head, head, ())
+    state = {"shoal": {"run_id": found["run_id"], "generation": 1, "record": found}}
+    rows = spark.range(1).write.format("delta").mode("append").option("userMetadata", json.dumps(state))
+    rows.save(ref.path)
+    head = next(commits(spark, ref))
+    assert head.state == State(found["run_id"], 1, found)
+    return Published(ref, head.version, {}, None, head, head, ())
 
 
 def sent_to(tracking: TrackingConfig) -> list[str]:
@@ -83,34 +86,34 @@ def test_the_tables_and_records_can_be_made_again_without_harm(
 
 
 def test_a_run_that_died_after_its_commit_is_written_down_once_with_its_version(
-    ref: TableRef, config: RunConfig, books: Bookkeeper, said: list[str]
+    spark: SparkSession, ref: TableRef, config: RunConfig, books: Bookkeeper, said: list[str]
 ) -> None:
-    table = dead(ref, record(config, "one", version=None, generation=1), 7)
+    table = dead(spark, ref, record(config, "one", version=None, generation=1))
 
     books.recover(table, OFF)
     books.recover(table, OFF)
 
     (run,) = books.records()
-    assert (run["run_id"], run["version"], run["status"]) == ("one", 7, "published")
-    assert said == ["run one published version 7 and died; writing it down"]
+    assert (run["run_id"], run["version"], run["status"]) == ("one", 0, "published")
+    assert said == ["run one published version 0 and died; writing it down"]
 
 
 def test_a_run_that_failed_after_its_commit_landed_counts_as_published(
-    ref: TableRef, config: RunConfig, books: Bookkeeper
+    spark: SparkSession, ref: TableRef, config: RunConfig, books: Bookkeeper
 ) -> None:
     books.write(record(config, "one", status="failed", version=None, error="the answer got lost"))
 
-    books.recover(dead(ref, record(config, "one", version=None, error=None), 7), OFF)
+    books.recover(dead(spark, ref, record(config, "one", version=None, error=None)), OFF)
 
-    assert [(run["status"], run["version"], run["error"]) for run in books.records()] == [("published", 7, None)]
+    assert [(run["status"], run["version"], run["error"]) for run in books.records()] == [("published", 0, None)]
 
 
 def test_a_run_that_was_written_down_before_it_died_is_left_alone(
-    ref: TableRef, config: RunConfig, books: Bookkeeper, said: list[str]
+    spark: SparkSession, ref: TableRef, config: RunConfig, books: Bookkeeper, said: list[str]
 ) -> None:
-    books.write(record(config, "one", version=7, bytes_written=99))
+    books.write(record(config, "one", version=0, bytes_written=99))
 
-    books.recover(dead(ref, record(config, "one", version=None), 7), OFF)
+    books.recover(dead(spark, ref, record(config, "one", version=None)), OFF)
     books.recover(None, OFF)
 
     assert [run["bytes_written"] for run in books.records()] == [99]

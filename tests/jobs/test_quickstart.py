@@ -59,7 +59,7 @@ def labels(printed: str) -> list[str]:
 
 def test_a_killed_quickstart_encodes_only_what_is_missing(quickstart: tuple[Path, str]) -> None:
     folder, _ = quickstart
-    (run,) = shoal(folder, "history", "out/docs")
+    (run,) = shoal(folder, "history", "out/docs")["entries"]
     chunks = run["chunks"]
     assert run["status"] == "published"
     assert chunks["reused"] > 0

@@ -137,7 +137,8 @@ def test_a_version_is_named_by_its_run_or_by_a_time_and_one_that_is_there_alread
     spark: SparkSession, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commits = {entry["version"]: entry for entry in history(spark, table(folder))}
-    first = restore(spark, table(folder), Wanted(run=commits[0]["run_id"]))
+    assert main(["restore", table(folder), "--run", commits[0]["run_id"], "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
     assert (first["restored_to"], first["version"]) == (0, 3)
     at = datetime.fromtimestamp(commits[2]["at_ms"] / 1000, UTC)
     assert main(["restore", table(folder), "--before", at.isoformat(), "--json"]) == 0

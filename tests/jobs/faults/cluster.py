@@ -1,6 +1,7 @@
 """A standalone Spark cluster on this machine, from the wheel: a master, two workers of one core, and their children."""
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pyspark
 
 SPARK_HOME = Path(pyspark.__file__).parent
 NUM_WORKERS = 2
+PR_SET_PDEATHSIG = 1
 
 
 class Cluster:
@@ -82,7 +84,14 @@ class Cluster:
         }
         name = f"org.apache.spark.deploy.{role.lower()}.{role}"
         command = [str(SPARK_HOME / "bin" / "spark-class"), name, "--host", "127.0.0.1", *arguments]
-        return subprocess.Popen(command, env=env, cwd=folder, stdout=self._log, stderr=self._log)
+        return subprocess.Popen(
+            command, env=env, cwd=folder, stdout=self._log, stderr=self._log, preexec_fn=die_with_parent
+        )
+
+
+def die_with_parent() -> None:
+    """In a child before it execs: Linux is to kill it when the thread that started it is gone, however that ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def clean_environment() -> dict[str, str]:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster import clean_environment
+from cluster import clean_environment, die_with_parent
 
 SCRIPT = Path(__file__).with_name("driver.py")
 PATIENCE = 300
@@ -30,6 +30,7 @@ class Driver:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=die_with_parent,
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.told: list[str] = []
