@@ -5,13 +5,17 @@ from typing import Any
 
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from shoal.conf.run import RunConfig
 from shoal.jobs.changes import find_difference
+from shoal.jobs.compaction import size_of
 from shoal.jobs.encoder_work import EncoderWork
 from shoal.jobs.estimate import warnings_of
 from shoal.jobs.layout import table_of
+from shoal.jobs.meter import human
 from shoal.jobs.migration import BACKFILLING, READY, document_of, plan_next, settled_document
+from shoal.jobs.planner import ACTION, NEW, RowPlan, key_range, near
 from shoal.jobs.prepare import Encoders, describe_encoders, replace_reason, resolve_encoder
 from shoal.jobs.publish import published_columns
 from shoal.jobs.published import Published, read_published
@@ -47,6 +51,7 @@ def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) 
         work = EncoderWork(spark, config, ref, encoding, keep)
         chunks, _ = work.plan_chunks(rows, published)
         found = work.estimate(chunks.todo, chunks.num_todo)
+        reads = _reads(spark, source, published, rows)
         migration = _migration(work, source, published, encoders)
     finally:
         for table in kept:
@@ -71,9 +76,30 @@ def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) 
         "tokens": found.tokens,
         "estimate": {"seconds": found.seconds, "price": found.price},
         "migration": migration,
+        "reads": reads,
         "publish": f"write the table anew: {replace}" if replace else "one MERGE",
         "warnings": warnings_of(spec, found, config.chunk),
     }
+
+
+def _reads(spark: SparkSession, source: SourceRows, published: Published | None, rows: RowPlan) -> dict[str, Any]:
+    """What the run reads of data files: the source as long as no change feed tells the difference, and for the MERGE.
+
+    A MERGE opens every file of the table that may hold one of the keys concerned: few where keys that change together
+    lie together, all of them where they are spread.
+    """
+    leaves = source.rows._jdf.queryExecution().optimizedPlan().collectLeaves()
+    sizes = [int(leaves.apply(index).stats().sizeInBytes()) for index in range(leaves.size())]
+    found = {"source_bytes": sum(sizes), "table_files": 0, "merge_files": 0, "merge_bytes": 0}
+    if published is not None:
+        found["table_files"] = size_of(spark, published.ref.sql).files
+    if published is not None and rows.replace is None:
+        touched = key_range(rows.rows.where(F.col(ACTION) != NEW), rows.keys)
+        file = F.col("_metadata.file_path").alias("path"), F.col("_metadata.file_size").alias("size")
+        files = near(published.rows(spark), touched).select(*file).distinct()
+        opened = files.agg(F.count(F.lit(1)).alias("files"), F.sum("size").alias("bytes")).collect()[0]
+        found |= {"merge_files": opened["files"], "merge_bytes": opened["bytes"] or 0}
+    return found
 
 
 def _migration(
@@ -105,6 +131,16 @@ def _migration(
     }
 
 
+def _told(found: dict[str, Any]) -> str:
+    reads = found["reads"]
+    whole = f"the source, {human(reads['source_bytes'])}"
+    source = "the change feed of the source" if found["difference"].startswith("feed") else whole
+    if not found["publish"].startswith("one MERGE"):
+        return source
+    files = f"{reads['merge_files']:,} of {reads['table_files']:,} files of the table"
+    return f"{source}; {files} to publish, {human(reads['merge_bytes'])}"
+
+
 def lines(found: dict[str, Any]) -> list[str]:
     """The plan for people."""
     rows, chunks, cost = found["rows"], found["chunks"], found["estimate"]
@@ -120,6 +156,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         ),
         f"tokens   {found['tokens']:,}",
         f"compares {found['difference']}",
+        f"reads    {_told(found)}",
     ]
     if cost["seconds"] is not None:
         price = "" if cost["price"] is None else f", price {cost['price']:.2f}"

@@ -51,11 +51,16 @@ def test_a_plan_of_a_night_says_what_the_run_then_does_and_writes_nothing(
     told = "\n".join(lines(planned))
     assert "1 new, 2 changed" in told
     assert ", price 0." in told
+    reads = planned["reads"]
+    assert 0 < reads["merge_files"] <= reads["table_files"]
+    assert reads["merge_bytes"] > reads["source_bytes"] == (tmp_path / "corpus.jsonl").stat().st_size
+    assert f"{reads['merge_files']} of {reads['table_files']} files of the table to publish" in told
     json.dumps(planned)
 
     after = plan(spark, config)
     assert after["chunks"]["encoded"] == after["tokens"] == 0
     assert after["estimate"] == {"seconds": 0.0, "price": 0.0}
+    assert (after["reads"]["merge_files"], after["reads"]["merge_bytes"]) == (0, 0)
 
 
 def test_texts_longer_than_the_encoder_sees_are_a_warning_in_plan_and_run(
