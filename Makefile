@@ -49,10 +49,10 @@ quickstart: install ## embed the standard library's docstrings, then search them
 	@$(VENV)/bin/shoal quickstart
 
 test: install ## all tests but the long ones: half an hour on two cores
-	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-long: install ## what `test` leaves out: long histories, kills at every step, benches; an hour
-	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile -m long
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m long
 
 test-fast: $(INSTALLED) ## the tests of conf/ and udfs/: no Java, no Spark
 	$(PY) -m pytest tests/conf tests/udfs -m "not spark and not slow and not gpu"

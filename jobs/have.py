@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import takewhile
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
@@ -106,20 +107,36 @@ def look_back(
     """
     if published is None or chunks.todo is None:
         return chunks, have
-    found, contents = [], chunks.todo.select("content_hash")
+    tables: dict[int, DataFrame] = {}
     for version in _before_removals(spark, published, chunks.num_todo):
         try:
-            rows = _with_vector(published.ref.read(spark, version))
-            if not rows.join(contents, on="content_hash", how="left_semi").isEmpty():
-                found.append(rows)
+            tables[version] = _with_vector(published.ref.read(spark, version))
         except (PySparkException, Py4JJavaError):
-            # Vacuumed, or the log no longer reaches back: what cannot be read is encoded again.
+            # The log no longer reaches back.
             break
-    if not found:
+    contents = chunks.todo.select("content_hash")
+    try:
+        holders = _holders(tables, contents)
+    except (PySparkException, Py4JJavaError):
+        # Vacuumed in part: what cannot be read is encoded again.
+        left = takewhile(lambda version: readable(tables[version], "content_hash"), tables)
+        holders = _holders({version: tables[version] for version in left}, contents)
+    if not holders:
         return chunks, have
+    found = [tables[version] for version in holders]
     have = replace(have, published=(*have.published, *found))
     returned = reduce(DataFrame.unionByName, [rows.select("content_hash") for rows in found])
     return without(chunks, returned, keep, waves), have
+
+
+def _holders(tables: dict[int, DataFrame], contents: DataFrame) -> list[int]:
+    """The newest version that holds each of the contents: these versions, newest first."""
+    if not tables:
+        return []
+    tagged = [rows.select("content_hash", F.lit(version).alias("version")) for version, rows in tables.items()]
+    held = reduce(DataFrame.unionByName, tagged).join(contents, on="content_hash", how="left_semi")
+    newest = held.groupBy("content_hash").agg(F.max("version").alias("version"))
+    return sorted((row["version"] for row in newest.select("version").distinct().collect()), reverse=True)
 
 
 def _before_removals(spark: SparkSession, published: Published, num_todo: int) -> list[int]:

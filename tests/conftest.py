@@ -18,18 +18,21 @@ if TYPE_CHECKING:
 # Hundreds of small queries, each run once or twice: compiling and adapting their plans costs more than it saves, half
 # of the time of a run. Tests on a cluster, of the command line and of the quickstart leave Spark as users have it.
 SMALL_QUERIES = {
-    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+    "spark.driver.extraJavaOptions": "-XX:+UseSerialGC",
     "spark.sql.adaptive.enabled": "false",
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     "spark.sql.codegen.wholeStage": "false",
     "spark.sql.shuffle.partitions": "2",
 }
 
+# These run commands in processes of their own, encode with a real model, or both.
+LONGEST = {"test_quickstart.py", "test_protocol.py", "test_cranfield.py", "test_docs.py"}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: started last, the longest of them would run alone at the end."""
+    """The longest files first, then those with slow tests: started last, one of them would run alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
 
 
 @pytest.fixture(scope="session")

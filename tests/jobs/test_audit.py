@@ -161,6 +161,7 @@ def test_what_a_foreign_writer_did_is_found_and_the_next_run_makes_it_good(spark
     require_sound(spark, table)
 
 
+@pytest.mark.long
 def test_a_vector_that_a_foreign_writer_replaced_is_made_good_by_a_merge(spark: SparkSession, table: str) -> None:
     other = f"(SELECT first(embedding) FROM delta.`{table}` WHERE id = 'r2')"
     spark.sql(f"MERGE INTO delta.`{table}` t USING (SELECT {other} AS v) s ON t.id = 'r1' "

@@ -310,6 +310,7 @@ def test_a_text_is_encoded_once_however_often_it_occurs_wherever_it_goes_and_whe
     assert seen(nightly.published()) == nightly.rebuilt()
 
 
+@pytest.mark.long
 def test_errors_that_may_pass_are_tried_again_though_the_feed_does_not_tell_of_them(
     spark: SparkSession, nightly: Nightly
 ) -> None:
@@ -464,6 +465,7 @@ def test_settings_that_the_feed_cannot_answer_for_are_answered_by_a_snapshot(
     assert found["difference"] == f"snapshot: {reason}"
 
 
+@pytest.mark.long
 def test_a_night_on_recent_rows_reads_no_older_file_of_source_or_table(
     spark: SparkSession, nightly: Nightly, tmp_path: Path
 ) -> None:

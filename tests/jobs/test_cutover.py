@@ -72,6 +72,7 @@ def test_a_manual_cut_over_waits_for_its_word_and_a_restore_is_not_undone_by_a_n
     assert shown(spark, ref)[1] == {16}
 
 
+@pytest.mark.long
 def test_a_cut_over_takes_the_source_as_the_table_shows_it(
     spark: SparkSession, run_file: Callable[..., Path], tmp_path: Path
 ) -> None:

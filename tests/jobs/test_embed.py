@@ -104,7 +104,7 @@ SNAPSHOTS = st.dictionaries(
 
 
 @pytest.mark.slow
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(history=st.lists(SNAPSHOTS, min_size=2, max_size=3))
 def test_after_every_night_of_any_history_the_table_equals_a_rebuild_from_scratch(
     spark: SparkSession,
@@ -214,6 +214,7 @@ def test_table_settings_that_change_later_take_effect_and_other_key_columns_are_
         embed(spark, load_run(run_file(source=source, destination=destination)))
 
 
+@pytest.mark.long
 def test_what_a_foreign_writer_has_damaged_is_written_anew(
     spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -218,6 +218,7 @@ def test_a_gate_that_the_next_encoder_fails_leaves_the_nights_publication_alone(
     assert contents(spark, ref) == rebuilt(DAY, 16)
 
 
+@pytest.mark.long
 def test_hours_and_price_are_a_share_of_the_missing_tokens_and_a_plan_shows_what_a_night_would_do(
     spark: SparkSession, night: Callable[..., RunConfig]
 ) -> None:
@@ -235,6 +236,7 @@ def test_hours_and_price_are_a_share_of_the_missing_tokens_and_a_plan_shows_what
     assert part["estimate"]["price"] == pytest.approx(part["estimate"]["seconds"] * 2 / 3600)
 
 
+@pytest.mark.long
 def test_contents_that_failed_before_come_after_all_others_and_do_not_hold_up_the_cut_over(
     spark: SparkSession, night: Callable[..., RunConfig]
 ) -> None:
@@ -266,6 +268,7 @@ def test_contents_that_failed_before_come_after_all_others_and_do_not_hold_up_th
     assert contents(spark, ref)["r00"] == rebuilt(rows[:1], 16)["r00"]
 
 
+@pytest.mark.long
 def test_too_many_errors_refuse_the_cut_over_and_failed_contents_are_tried_again(
     spark: SparkSession, night: Callable[..., RunConfig]
 ) -> None:
@@ -318,14 +321,8 @@ def test_after_random_nights_the_table_is_that_of_a_rebuild_and_each_text_was_en
     assert encoded <= len(served)
 
 
-@pytest.mark.parametrize(
-    "step",
-    [
-        pytest.param("next wave 1 staged", marks=pytest.mark.long),
-        "fenced",
-        pytest.param("cut over", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("step", ["next wave 1 staged", "fenced", "cut over"])
 def test_a_night_killed_in_its_migration_is_finished_by_the_next_and_encodes_nothing_twice(
     spark: SparkSession, night: Callable[..., RunConfig], tmp_path: Path, step: str
 ) -> None:

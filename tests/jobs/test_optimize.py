@@ -81,6 +81,7 @@ def test_small_files_become_one_without_the_deleted_rows_and_a_dry_run_only_says
     assert table_of_ours(spark, str(ref)).version == 2
 
 
+@pytest.mark.long
 def test_a_run_goes_on_over_an_optimize_by_somebody_else(spark: SparkSession, folder: Path) -> None:
     ref = ref_of(spark, folder)
 

@@ -154,17 +154,17 @@ REPLACE, MERGE = "CREATE OR REPLACE TABLE AS SELECT", "MERGE"
     ("night", "step", "has_landed"),
     [
         pytest.param(False, "lease taken", False, marks=pytest.mark.long),
-        (False, "recovered", False),
+        pytest.param(False, "recovered", False, marks=pytest.mark.long),
         (True, "planned", False),
-        (False, "probed", False),
+        pytest.param(False, "probed", False, marks=pytest.mark.long),
         pytest.param(False, "wave 1 staged", False, marks=pytest.mark.long),
         (True, "wave 1 staged", False),
         pytest.param(True, "audited", False, marks=pytest.mark.long),
-        (False, "fenced", False),
+        pytest.param(False, "fenced", False, marks=pytest.mark.long),
         pytest.param(False, "landed", True, marks=pytest.mark.long),
         (True, "landed", True),
         pytest.param(True, "recorded", True, marks=pytest.mark.long),
-        (False, "tracked", True),
+        pytest.param(False, "tracked", True, marks=pytest.mark.long),
         (True, "trimmed", True),
     ],
 )
@@ -384,6 +384,7 @@ def test_a_run_that_lost_its_lease_to_a_publication_stops_before_its_own(spark: 
     assert contents(spark, ref) == rebuilt(NIGHT)
 
 
+@pytest.mark.long
 def test_a_run_overtaken_after_its_last_look_at_the_lease_is_stopped_by_the_fence(
     spark: SparkSession, after_day: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,6 +431,7 @@ def test_a_lease_lost_between_waves_stops_the_run_and_spares_the_work_of_the_new
     assert json.loads(files.read(ref.lease) or "{}")["run_id"] == "usurper"
 
 
+@pytest.mark.long
 def test_a_foreign_append_between_plan_and_publication_overtakes_the_run(spark: SparkSession, after_day: Path) -> None:
     config = load_run(after_day)
     ref = table_of(spark, config.destination)

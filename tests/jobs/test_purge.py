@@ -219,6 +219,7 @@ def fingerprint_of(spark: SparkSession, ref: TableRef) -> str:
     return published.fingerprint
 
 
+@pytest.mark.long
 def test_a_purge_of_keys_removes_these_rows_as_well_and_says_which_are_not_there(
     spark: SparkSession, folder: Path
 ) -> None:

@@ -221,6 +221,7 @@ def test_a_version_without_its_files_is_refused_in_words_and_the_table_stays(spa
     assert night(spark, folder, NIGHT, NEW).status == "unchanged"
 
 
+@pytest.mark.long
 def test_the_next_night_reads_the_change_feed_from_the_restored_state(spark: SparkSession, tmp_path: Path) -> None:
     source = f"delta.`{tmp_path / 'corpus'}`"
     spark.sql(
@@ -252,9 +253,8 @@ def test_the_next_night_reads_the_change_feed_from_the_restored_state(spark: Spa
     assert_is(spark, tmp_path, {"a": "other", "c": "three"}, 8)
 
 
-@pytest.mark.parametrize(
-    ("step", "is_done"), [pytest.param("restore planned", False, marks=pytest.mark.long), ("committed", True)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("step", "is_done"), [("restore planned", False), ("committed", True)])
 def test_a_restore_that_was_killed_has_happened_or_has_not(
     spark: SparkSession, folder: Path, step: str, is_done: bool
 ) -> None:

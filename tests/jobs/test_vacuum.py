@@ -91,6 +91,7 @@ def places(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in (folder / "out").rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_what_dead_runs_left_goes_as_a_dry_run_said_and_restore_reaches_as_far_as_before(
     spark: SparkSession, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +117,7 @@ def test_what_dead_runs_left_goes_as_a_dry_run_said_and_restore_reaches_as_far_a
     assert ref.read(spark).count() == 10
 
 
+@pytest.mark.long
 def test_a_run_that_is_alive_is_left_alone(spark: SparkSession, folder: Path) -> None:
     ref, before = ref_of(spark, folder), places(folder)
     files = FileSystem(spark, ref.sidecar)
