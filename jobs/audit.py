@@ -8,7 +8,6 @@ Reads one version of the table and changes nothing, so it takes no lease and may
 import random
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,7 +27,7 @@ from shoal.jobs.prepare import encoder_of, worker_error
 from shoal.jobs.publish import missing_constraints
 from shoal.jobs.published import Published, commits, exists, keys_that_differ, read_published
 from shoal.jobs.report import plain
-from shoal.jobs.session import slots
+from shoal.jobs.session import slots, with_settings
 from shoal.udfs import reasons
 from shoal.udfs.encode_udf import make_encode
 from shoal.udfs.encoder import EncodeOptions
@@ -170,7 +169,7 @@ class _Auditing:
             self._foreign(is_known=False)
         else:
             try:
-                with _pages_verified(self.spark):
+                with with_settings(self.spark, {_VERIFY_PAGES: "true"}):
                     rows = self.published.rows(self.spark)
                     self._foreign(is_known=True)
                     self._rows(rows)
@@ -424,17 +423,3 @@ def _put_back(ref: TableRef, version: int | None) -> str:
     if version is None:
         return "drop the table and its folder, and make it anew with `shoal embed FILE`"
     return f"`RESTORE TABLE {ref.sql} TO VERSION AS OF {version}` in Spark SQL, then `shoal embed FILE`"
-
-
-@contextmanager
-def _pages_verified(spark: SparkSession) -> Iterator[None]:
-    """Parquet keeps a sum of every page and compares it only when asked to."""
-    before = spark.conf.get(_VERIFY_PAGES, None)
-    spark.conf.set(_VERIFY_PAGES, "true")
-    try:
-        yield
-    finally:
-        if before is None:
-            spark.conf.unset(_VERIFY_PAGES)
-        else:
-            spark.conf.set(_VERIFY_PAGES, before)

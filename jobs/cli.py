@@ -7,6 +7,7 @@ stderr.
 
 import argparse
 import contextlib
+import getpass
 import json
 import logging
 import os
@@ -81,6 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--where", metavar="SQL", help="a condition on the table's columns; only rows that meet it count"
     )
+    _add_serve(verbs)
+    _add_join(verbs)
     _add(verbs, "history", "list a table's publications and runs: version, run, model, counts", _history, table=True)
     status = _add(verbs, "status", "say how far tables are behind, what went wrong, what is due", _status)
     status.add_argument("tables", nargs="+", metavar="table", help="paths or catalog names of published tables")
@@ -115,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         "build a corpus from the standard library's docstrings, embed it, ask three questions",
         _quickstart,
     )
-    bench = verbs.add_parser("bench", help="measure: encoding, nights, scale").add_subparsers(
+    bench = verbs.add_parser("bench", help="measure: encoding, nights, scale, joins").add_subparsers(
         metavar="WHAT", required=True
     )
     encode = _add(
@@ -132,6 +135,10 @@ def build_parser() -> argparse.ArgumentParser:
     nightly.add_argument("--nights", type=int, default=30, help="nights in a row; 0 for none (default 30)")
     scale = _add(bench, "scale", "what each phase reads, shuffles, writes and holds, at a number of rows", _bench_scale)
     scale.add_argument("--rows", type=int, default=1_000_000, help="rows of the source (default 1000000)")
+    joins = _add(bench, "join", "pairs/s of a nearest-neighbour join, and of Spark's NEAREST BY beside it", _bench_join)
+    joins.add_argument("--left", type=int, default=100, help="rows of the left side (default 100)")
+    joins.add_argument("--right", type=int, default=40_000, help="rows of the right side (default 40000)")
+    joins.add_argument("--dim", type=int, default=384, help="numbers of a vector (default 384)")
     embed = verbs.choices["embed"]
     embed.add_argument("--limit", type=int, metavar="N", help="try the run on N rows, into a scratch table")
     for verb in ("embed", "plan"):
@@ -155,6 +162,45 @@ def _add(
     parser.add_argument("--debug", action="store_true", help="show stack traces")
     parser.set_defaults(verb=run)
     return parser
+
+
+def _add_serve(verbs: Any) -> None:
+    serve = _add(verbs, "serve", "answer SQL over JDBC: functions that search published tables", _serve)
+    serve.add_argument(
+        "--table",
+        action="append",
+        required=True,
+        metavar="NAME=TABLE",
+        help="path or catalog name of a published table, and what its functions begin with; may be repeated",
+    )
+    serve.add_argument("--bind", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=10000, help="port; 0 for any that is free (default 10000)")
+    serve.add_argument(
+        "--catalog",
+        type=Path,
+        metavar="FOLDER",
+        help="what keeps schemas and tables between starts (default: one of yours)",
+    )
+    serve.add_argument(
+        "--tls-keystore", type=Path, metavar="FILE", help="encrypt; SHOAL_KEYSTORE_PASSWORD has its password"
+    )
+    serve.add_argument("--users", type=Path, metavar="FILE", help="who may in; `shoal passwd` writes it")
+    passwd = _add(
+        verbs, "passwd", "set the password of a user of `shoal serve`, read from the terminal or stdin", _passwd
+    )
+    passwd.add_argument("file", type=Path, help="the file of `shoal serve --users`")
+    passwd.add_argument("user", help="name of the user")
+
+
+def _add_join(verbs: Any) -> None:
+    join = _add(verbs, "join", "write the nearest neighbours of one table's chunks in another, or in itself", _join)
+    join.add_argument("left", help="path or catalog name of a published table")
+    join.add_argument("right", help="another one of the same encoder; the same one for pairs that are alike within it")
+    join.add_argument(
+        "-k", "--k", type=int, metavar="K", help="neighbours of each chunk (default 10; with --threshold: all)"
+    )
+    join.add_argument("--threshold", type=float, metavar="T", help="only pairs that score this much or more")
+    join.add_argument("--out", required=True, metavar="TABLE", help="path or catalog name of the table to write")
 
 
 def _require_text(args: argparse.Namespace) -> None:
@@ -233,6 +279,45 @@ def _search(args: argparse.Namespace) -> int:
 
         hits = search(spark, args.table, [args.text], args.k, where=args.where)[0]
         _print(args, hits, hit_lines(hits))
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from shoal.jobs import serve as verb
+    from shoal.jobs.sql_functions import tables_of
+    from shoal.jobs.thrift import Endpoint, default_catalog, held_catalog, session_settings
+
+    tables = tables_of(args.table)
+    endpoint = Endpoint(host=args.bind, port=args.port, keystore=args.tls_keystore, users=args.users).checked()
+    catalog = (args.catalog or default_catalog()).absolute()
+
+    def ready(told: dict[str, Any]) -> None:
+        if args.json:
+            sys.stdout.write(json.dumps(told, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+        else:
+            _print(args, told, verb.lines(told))
+
+    with held_catalog(catalog), _spark(session_settings(catalog), "shoal serve") as spark:
+        verb.serve(spark, tables, endpoint, catalog, ready=ready, say=_say)
+    return 0
+
+
+def _join(args: argparse.Namespace) -> int:
+    with _spark(SparkConfig(), "shoal join") as spark:
+        from shoal.jobs import join as verb
+
+        done = verb.join(spark, args.left, args.right, args.out, k=args.k, threshold=args.threshold, say=_say)
+        _print(args, done, verb.lines(done))
+    return 0
+
+
+def _passwd(args: argparse.Namespace) -> int:
+    from shoal.jobs.passwords import set_password
+
+    password = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    set_password(args.file, args.user, password)
+    _print(args, {"file": str(args.file), "user": args.user}, [f"{args.file}: {args.user} may log in"])
     return 0
 
 
@@ -373,10 +458,19 @@ def _bench_scale(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_join(args: argparse.Namespace) -> int:
+    from shoal.jobs import bench_join as verb
+
+    found = verb.bench_join(args.left, args.right, args.dim, say=_say)
+    _print(args, found, verb.lines(found))
+    return 0
+
+
 @contextlib.contextmanager
 def _spark(settings: SparkConfig, app_name: str) -> Iterator["SparkSession"]:
     """A session for the length of a verb; one that was there before is left running."""
     logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
+    from py4j.protocol import Py4JNetworkError
     from pyspark.sql import SparkSession
 
     from shoal.jobs.session import default_log_file, open_spark
@@ -389,7 +483,9 @@ def _spark(settings: SparkConfig, app_name: str) -> Iterator["SparkSession"]:
         yield spark
     finally:
         if running is None:
-            spark.stop()
+            # A signal to all processes, as of a service manager, has ended the JVM already.
+            with contextlib.suppress(Py4JNetworkError, OSError):
+                spark.stop()
 
 
 def _print(args: argparse.Namespace, document: Any, told: list[str]) -> None:

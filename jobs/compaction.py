@@ -1,13 +1,13 @@
 """How a Delta table lies on disk, and making few large files of many small ones; no row changes by it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+
+from shoal.jobs.session import with_settings
 
 # Files above this are left as they are, so that a night's small files never cause a large one to be written again.
 SMALL_BYTES = 128 * 1024 * 1024
@@ -67,23 +67,7 @@ def compact(spark: SparkSession, sql: str, small_bytes: int = SMALL_BYTES) -> No
     other to join with; REORG does not, but writes every file again that has a single deleted row, which is worth it
     where the whole table has too many.
     """
-    with _settings(spark, {_SMALL_FILES: str(small_bytes), _DELETED_SHARE: str(MAX_DELETED_SHARE)}):
+    with with_settings(spark, {_SMALL_FILES: str(small_bytes), _DELETED_SHARE: str(MAX_DELETED_SHARE)}):
         spark.sql(f"OPTIMIZE {sql}")
         if size_of(spark, sql, small_bytes).deleted_share > MAX_DELETED_SHARE:
             spark.sql(f"REORG TABLE {sql} APPLY (PURGE)")
-
-
-@contextmanager
-def _settings(spark: SparkSession, wanted: dict[str, str]) -> Iterator[None]:
-    """Session settings for the length of a statement; what the user had set is put back."""
-    before: dict[str, str | None] = {name: spark.conf.get(name, None) for name in wanted}
-    try:
-        for name, value in wanted.items():
-            spark.conf.set(name, value)
-        yield
-    finally:
-        for name, former in before.items():
-            if former is None:
-                spark.conf.unset(name)
-            else:
-                spark.conf.set(name, former)

@@ -4,11 +4,13 @@ Hadoop counts every byte that this JVM reads and writes, Delta's log and Shoal's
 Parquet's vectored reads: `metering` turns those off. For local masters: other executors count for themselves.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event, Thread
 from types import TracebackType
 from typing import Any, Self
 
@@ -110,6 +112,58 @@ def metered(spark: SparkSession) -> Iterator[Figures]:
     with Laps(spark) as laps:
         yield figures
         figures.__dict__.update(laps.lap().__dict__)
+
+
+@dataclass
+class WorkerMemory:
+    """`peak`: the most bytes that any one Python worker of this machine's Spark had resident while it was watched."""
+
+    peak: int = 0
+
+
+@contextmanager
+def watched_workers(interval_s: float = 0.1) -> Iterator[WorkerMemory]:
+    """Looks at the workers below this process every so often, on Linux; a worker that lives for less is not seen.
+
+    The kernel's own high-water mark is read, so that nothing between two looks is missed; it covers a worker's whole
+    life, and pages that it shares with the daemon that it was forked from.
+    """
+    memory, stop = WorkerMemory(), Event()
+
+    def watch() -> None:
+        while not stop.wait(interval_s):
+            memory.peak = max(memory.peak, *_worker_peaks(), 0)
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _worker_peaks() -> list[int]:
+    """High-water marks, in bytes, of the processes below this one that run Python for Spark."""
+    parents: dict[int, int] = {}
+    peaks: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line)
+            is_worker = b"pyspark.daemon" in (folder / "cmdline").read_bytes()
+        except OSError:
+            continue  # it has ended since
+        parents[int(folder.name)] = int(status["PPid"])
+        if is_worker and "VmHWM" in status:
+            peaks[int(folder.name)] = int(status["VmHWM"].split()[0]) * 1024
+    return [peak for process, peak in peaks.items() if os.getpid() in _ancestors(process, parents)]
+
+
+def _ancestors(process: int, parents: dict[int, int]) -> set[int]:
+    found: set[int] = set()
+    while (process := parents.get(process, 0)) and process not in found:
+        found.add(process)
+    return found
 
 
 def forget_logs(spark: SparkSession) -> None:

@@ -9,8 +9,7 @@ empty success.
 import contextlib
 import json
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from py4j.protocol import Py4JJavaError
@@ -33,16 +32,17 @@ from shoal.jobs.published import (
     METADATA_PROPERTY,
     SIDECAR_PROPERTY,
     TABLE_ID_PROPERTY,
+    USER_METADATA,
     WITHOUT_DATA_CHANGE,
     Published,
     State,
     commits,
     exists,
 )
+from shoal.jobs.session import with_settings
 from shoal.jobs.source import ROW_TEXT, SourceRows
 from shoal.udfs.encoder_spec import EncoderSpec
 
-_USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
 _TXN_APP = "spark.databricks.delta.write.txnAppId"
 _TXN_VERSION = "spark.databricks.delta.write.txnVersion"
 
@@ -149,7 +149,7 @@ def commit_sql(spark: SparkSession, target: Target, state: State, statement: str
     """Runs a statement that makes one commit on the published table, fenced and with the state on it; its version."""
     try:
         _fence(spark, target)
-        with _commit_settings(spark, target, state):
+        with with_settings(spark, _commit_settings(target, state)):
             spark.sql(statement)
     except (PySparkException, Py4JJavaError) as error:
         return _landed_or_failed(spark, target, state, error)
@@ -356,21 +356,13 @@ def _overtaken(target: Target, by: str) -> OvertakenError:
     )
 
 
-@contextmanager
-def _commit_settings(spark: SparkSession, target: Target, state: State) -> Iterator[None]:
+def _commit_settings(target: Target, state: State) -> dict[str, str]:
     """SQL commands take their commit's metadata from the session; left behind, it would swallow later commits."""
-    settings = {
-        _USER_METADATA: state.to_user_metadata(),
+    return {
+        USER_METADATA: state.to_user_metadata(),
         _TXN_APP: f"shoal:{target.table_id}",
         _TXN_VERSION: str(target.generation),
     }
-    try:
-        for key, value in settings.items():
-            spark.conf.set(key, value)
-        yield
-    finally:
-        for key in settings:
-            spark.conf.unset(key)
 
 
 def _landed_or_failed(

@@ -25,6 +25,9 @@ KEYS_PROPERTY = "shoal.keys"
 SIDECAR_PROPERTY = "shoal.sidecar"
 METADATA_PROPERTY = "shoal.metadata"
 
+USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
+"""The session setting that SQL commands, and a table's first write, take their commit's metadata from."""
+
 HASHES = ("content_hash", "row_hash", "meta_hash")
 
 # Commits that move bytes but change no row: a plan made before them still holds.
@@ -202,6 +205,14 @@ def read_published(spark: SparkSession, ref: TableRef) -> Published | None:
             break
     foreign = tuple(c for c in since if c.state is None and c.operation not in WITHOUT_DATA_CHANGE)
     return Published(ref, since[0].version, properties, detail["description"], since[0], ours, foreign)
+
+
+def read_settled(spark: SparkSession, ref: TableRef) -> Published | None:
+    """As `read_published`, read until no commit came in between: properties and version then belong together."""
+    published = read_published(spark, ref)
+    while published is not None and not is_head(spark, published):
+        published = read_published(spark, ref)
+    return published
 
 
 def is_head(spark: SparkSession, published: Published | None) -> bool:

@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import os
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyspark
@@ -21,6 +24,9 @@ DELTA_CATALOG = "org.apache.spark.sql.delta.catalog.DeltaCatalog"
 JARS_OF_SPARK = (
     "org.*:*,com.*:*,commons-*:*,javax*:*,jakarta*:*,io.netty:*,io.dropwizard*:*,io.airlift:*,io.unitycatalog:*,net.*:*"
 )
+
+# Where Spark's Ivy puts what it has fetched, unless spark.jars.ivy says otherwise.
+IVY_JARS = ".ivy2.5.2/jars"
 
 _DEFAULTS = {
     "spark.sql.extensions": DELTA_EXTENSION,
@@ -100,6 +106,46 @@ def delta_package() -> str:
     per_spark_builds = tuple(int(part) for part in delta.split(".")[:2]) >= (4, 1)
     suffix = f"_{spark_minor}_2.13" if per_spark_builds else "_2.13"
     return f"io.delta:delta-spark{suffix}:{delta}"
+
+
+def delta_jars() -> list[Path]:
+    """Delta's jars on this machine, fetched as for any session if need be; RunError where they cannot be."""
+    version = importlib.metadata.version("delta-spark")
+    jars = sorted((Path.home() / IVY_JARS).glob(f"io.delta_*-{version}.jar"))
+    if any(jar.name.startswith("io.delta_delta-spark") for jar in jars):
+        return jars
+    # Another folder of Ivy's, or none yet: a session of its own process says where they have come to.
+    code = (
+        "from shoal.conf.run import SparkConfig; from shoal.jobs.session import open_spark; "
+        "spark = open_spark(SparkConfig(master='local[1]'), app_name='shoal jars'); "
+        "print(spark.sparkContext.getConf().get('spark.jars'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found = (done.stdout.strip().splitlines() or [""])[-1] if done.returncode == 0 else ""
+    jars = [Path(jar.removeprefix("file://")) for jar in found.split(",") if "io.delta_" in jar]
+    if not jars:
+        raise RunError(
+            f"Delta's jars were not found ({(done.stderr.strip().splitlines() or ['no answer'])[-1]}); `make jars` "
+            "fetches them",
+            code="SPARK_UNAVAILABLE",
+        )
+    return jars
+
+
+@contextmanager
+def with_settings(spark: SparkSession, wanted: Mapping[str, str]) -> Iterator[None]:
+    """Session settings for the length of a statement; what the user had set is put back."""
+    before: dict[str, str | None] = {name: spark.conf.get(name, None) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            spark.conf.set(name, value)
+        yield
+    finally:
+        for name, former in before.items():
+            if former is None:
+                spark.conf.unset(name)
+            else:
+                spark.conf.set(name, former)
 
 
 def slots(spark: SparkSession) -> int:

@@ -44,18 +44,20 @@ ENTRY_FILES = frozenset(
         "embed",
         "errors",
         "history",
+        "join",
         "optimize",
         "plan",
         "purge",
         "quickstart",
         "restore",
         "search",
+        "serve",
         "status",
         "vacuum",
     }
 )
 MAY_IMPORT_ENTRY_FILES = {
-    "cli": ENTRY_FILES | {"bench", "bench_nightly", "bench_scale"},
+    "cli": ENTRY_FILES | {"bench", "bench_join", "bench_nightly", "bench_scale"},
     "quickstart": {"embed", "search"},
     "bench": {"embed"},
     "bench_nightly": {"embed"},

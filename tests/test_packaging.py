@@ -28,6 +28,9 @@ COMMAND_LINE = {
     "plan": ["--debug", "--full-refresh", "--json", "--set", "FILE"],
     "cutover": ["--debug", "--json", "--set", "FILE"],
     "search": ["--debug", "--json", "--where", "-k", "TABLE", "TEXT"],
+    "serve": ["--bind", "--catalog", "--debug", "--json", "--port", "--table", "--tls-keystore", "--users"],
+    "join": ["--debug", "--json", "--k", "--out", "--threshold", "LEFT", "RIGHT"],
+    "passwd": ["--debug", "--json", "FILE", "USER"],
     "history": ["--debug", "--json", "TABLE"],
     "status": ["--debug", "--json", "--max-lag", "--pending", "TABLES"],
     "errors": ["--debug", "--json", "TABLE"],
@@ -40,6 +43,7 @@ COMMAND_LINE = {
     "config schema": [],
     "quickstart": ["--debug", "--json"],
     "bench encode": ["--debug", "--json", "--model", "--texts"],
+    "bench join": ["--debug", "--dim", "--json", "--left", "--right"],
     "bench nightly": ["--chunks", "--debug", "--json", "--nights"],
     "bench scale": ["--debug", "--json", "--rows"],
 }

@@ -1,0 +1,213 @@
+"""`shoal join`: for every chunk of a published table its nearest of another one, or what is alike within one."""
+
+import json
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import AnalysisException, PySparkException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from shoal.conf.errors import ConfigError, DestinationError, RunError
+from shoal.jobs.filesystem import absolute
+from shoal.jobs.hashing import quoted
+from shoal.jobs.knn import Side, join_self, join_sides
+from shoal.jobs.layout import TableRef, table_named
+from shoal.jobs.prepare import worker_error
+from shoal.jobs.published import USER_METADATA, Published, exists, read_settled
+from shoal.jobs.session import with_settings
+from shoal.udfs.knn_join import JoinOptions
+
+JOIN_PROPERTY = "shoal.join"
+"""What a result says of itself: from which versions of which tables, with which k, threshold and fingerprint."""
+
+DEFAULT_K = 10
+
+
+@dataclass(frozen=True)
+class _Input:
+    """One side at the version that was read, with its counts."""
+
+    published: Published
+    location: str
+    rows: DataFrame
+    num_rows: int
+    num_vectors: int
+
+    @property
+    def side(self) -> Side:
+        return Side(self.rows, (*self.published.keys, "chunk_index"), self.num_vectors)
+
+    def public(self) -> dict[str, Any]:
+        return {
+            "table": str(self.published.ref),
+            "version": self.published.version,
+            "rows": self.num_rows,
+            "without_vector": self.num_rows - self.num_vectors,
+        }
+
+
+def join(
+    spark: SparkSession,
+    left: str,
+    right: str,
+    out: str,
+    *,
+    k: int | None = None,
+    threshold: float | None = None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Writes the pairs to `out` in one commit and returns the document that `--json` prints.
+
+    Without k all pairs at or above the threshold, without both the 10 nearest. Raises DestinationError when a table is
+    not there, or `out` is something that this verb did not make; ConfigError when the tables have different encoders.
+    """
+    began = time.monotonic()
+    options = _options(k, threshold)
+    target, is_there = _target(spark, out)
+    one = _input(spark, left)
+    other = _input(spark, right, one)
+    _require_one_encoder(one.published, other.published)
+    is_self = one.location == other.location
+    dim = int(one.published.encoder["identity"]["dim"])
+    say(f"joining {one.num_vectors:,} vectors with {'themselves' if is_self else f'{other.num_vectors:,}'}")
+    made_from = {
+        "run_id": uuid.uuid4().hex,
+        "left": {"table": str(one.published.ref), "version": one.published.version},
+        "right": {"table": str(other.published.ref), "version": other.published.version},
+        "self": is_self,
+        "k": options.k,
+        "threshold": options.threshold,
+        "fingerprint": one.published.fingerprint,
+    }
+    try:
+        pairs = (
+            join_self(spark, one.side, dim, options)
+            if is_self
+            else join_sides(spark, one.side, other.side, dim, options)
+        )
+        written = _write(spark, target, pairs, made_from, is_there=is_there)
+    except AnalysisException as error:
+        raise DestinationError(f"--out '{out}' cannot be written: {str(error).strip().splitlines()[0]}") from error
+    except (PySparkException, Py4JJavaError) as error:
+        raise worker_error(error) from error
+    scored = one.num_vectors * (one.num_vectors - 1) // 2 if is_self else one.num_vectors * other.num_vectors
+    return {
+        "status": "written",
+        "table": str(target),
+        **written,
+        "left": one.public(),
+        "right": other.public(),
+        "self": is_self,
+        "k": options.k,
+        "threshold": options.threshold,
+        "fingerprint": one.published.fingerprint,
+        "pairs_scored": scored,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+
+
+def lines(document: dict[str, Any]) -> list[str]:
+    """The document for people."""
+
+    def told(side: dict[str, Any]) -> str:
+        without = f", {side['without_vector']:,} without a vector" if side["without_vector"] else ""
+        return f"{side['table']} version {side['version']}: {side['rows']:,} chunks{without}"
+
+    rate = document["pairs_scored"] / max(document["seconds"], 1e-3)
+    return [
+        f"left      {told(document['left'])}",
+        "right     the same" if document["self"] else f"right     {told(document['right'])}",
+        f"scored    {document['pairs_scored']:,} pairs in {document['seconds']:.1f} s: {rate:,.0f} pairs/s",
+        f"written   {document['pairs_written']:,} pairs to {document['table']} version {document['version']}",
+    ]
+
+
+def _options(k: int | None, threshold: float | None) -> JoinOptions:
+    try:
+        return JoinOptions(DEFAULT_K if k is None and threshold is None else k, threshold)
+    except ValueError as error:
+        raise ConfigError(f"--k, --threshold: {error}") from error
+
+
+def _input(spark: SparkSession, table: str, known: _Input | None = None) -> _Input:
+    """The table at its present version; `known` when it is the same table: then both are one version."""
+    ref = table_named(spark, table)
+    published = read_settled(spark, ref)
+    if published is None:
+        raise DestinationError(
+            f"table '{table}': there is no such table; `shoal embed` makes one", code="TABLE_NOT_FOUND"
+        )
+    location = spark.sql(f"DESCRIBE DETAIL {ref.sql}").collect()[0]["location"]
+    if known is not None and known.location == location:
+        return known
+    rows = published.rows(spark)
+    counts = rows.agg(F.count(F.lit(1)).alias("rows"), F.count("embedding").alias("vectors")).collect()[0]
+    return _Input(published, location, rows, counts["rows"], counts["vectors"])
+
+
+def _require_one_encoder(left: Published, right: Published) -> None:
+    if left.fingerprint == right.fingerprint:
+        return
+    one, other = (f"{each.encoder['reference']} (fingerprint {each.fingerprint})" for each in (left, right))
+    raise ConfigError(
+        f"table {left.ref} holds vectors of {one} and table {right.ref} vectors of {other}: scores between two "
+        f"encoders mean nothing. Embed both with one encoder; `next_encoder` in the run file changes a table's",
+        code="ENCODERS_DIFFER",
+    )
+
+
+def _target(spark: SparkSession, out: str) -> tuple[TableRef, bool]:
+    """The table to write and whether it is there; DestinationError where it is one that `shoal join` did not make."""
+    ref = _named(spark, out)
+    is_there = exists(spark, ref)
+    properties = spark.sql(f"DESCRIBE DETAIL {ref.sql}").collect()[0]["properties"] if is_there else {}
+    if is_there and JOIN_PROPERTY not in (properties or {}):
+        raise DestinationError(
+            f"--out '{out}' is a table that `shoal join` did not make (no property {JOIN_PROPERTY}), and it is left as "
+            f"it is; name another one",
+            code="TABLE_NOT_OURS",
+        )
+    return ref, is_there
+
+
+def _named(spark: SparkSession, out: str) -> TableRef:
+    """A catalog name where it has a dot and no slash, or is a table of the catalog; else a path."""
+    if "/" not in out and "." in out and not out.startswith("."):
+        schema = ".".join(quoted(part) for part in out.split(".")[:-1])
+        try:
+            spark.sql(f"DESCRIBE NAMESPACE {schema}").collect()
+        except AnalysisException as error:
+            raise DestinationError(
+                f"--out '{out}': the schema {schema} is not there; create it first, or write ./{out} for a folder"
+            ) from error
+        return TableRef(None, out, "")
+    ref = table_named(spark, out)
+    return ref if ref.name else TableRef(absolute(out).rstrip("/"), None, "")
+
+
+def _write(
+    spark: SparkSession, target: TableRef, pairs: DataFrame, made_from: dict[str, Any], *, is_there: bool
+) -> dict[str, Any]:
+    """One commit: the version, the pairs and the bytes of it. A table that appeared meanwhile is not replaced."""
+    told = json.dumps(made_from, sort_keys=True)
+    writer = pairs.writeTo(target.sql).using("delta").tableProperty(JOIN_PROPERTY, told)
+    with with_settings(spark, {USER_METADATA: told}):  # `create` takes no notice of an option
+        if is_there:
+            writer.createOrReplace()
+        else:
+            writer.create()
+    history = spark.sql(f"DESCRIBE HISTORY {target.sql} LIMIT 8").where(F.col("userMetadata") == told)
+    commits = history.select("version", "operationMetrics").collect()
+    if not commits:
+        raise RunError(f"table {target}: the commit of this join is not in the table's log; run it again")
+    metrics = commits[0]["operationMetrics"]
+    return {
+        "version": commits[0]["version"],
+        "pairs_written": int(metrics.get("numOutputRows") or 0),
+        "bytes_written": int(metrics.get("numOutputBytes") or 0),
+    }

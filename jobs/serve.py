@@ -1,0 +1,114 @@
+"""`shoal serve`: published tables as SQL functions over JDBC, from one process, until it is told to stop."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from py4j.protocol import Py4JError, Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
+
+from shoal.conf.errors import RunError
+from shoal.jobs.sql_functions import EMBED, Functions, names_of
+from shoal.jobs.thrift import Endpoint, require_authentication, thrift_server
+
+FOLLOW_S = 1.0
+"""How often a table's log is asked for a newer version: two look-ups of one file."""
+
+KEEP_WARM_BEATS = 30
+"""Every so many looks a query keeps the Python workers, and the encoders in them: Spark ends idle ones after 60 s."""
+
+
+def serve(
+    spark: SparkSession,
+    tables: Mapping[str, str],
+    endpoint: Endpoint,
+    catalog: Path,
+    *,
+    ready: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None],
+) -> None:
+    """Serves until SIGTERM or SIGINT; `ready` is told once, when clients can connect.
+
+    tables: function name -> path or catalog name; endpoint: a checked one. Raises ConfigError for one that is open to
+    others, DestinationError when a table is not there, RunError when the server or Spark under it dies.
+    """
+    require_authentication(spark, endpoint, catalog)
+    functions = Functions(spark, tables, say)
+    with _stopping() as stop:
+        functions.create()
+        _keep_warm(spark, functions, say)
+        with thrift_server(spark, endpoint):
+            ready(document(functions, endpoint))
+            _follow(spark, functions, stop, say)
+
+
+def document(functions: Functions, endpoint: Endpoint) -> dict[str, Any]:
+    """What `--json` prints when clients can connect."""
+    served = functions.served.values()
+    tables = {
+        table.name: {"table": str(table.ref), "version": table.version, "functions": names_of(table)}
+        for table in served
+    }
+    return {"status": "ready", "jdbc": endpoint.jdbc, "tables": tables}
+
+
+def lines(told: dict[str, Any]) -> list[str]:
+    """The same for people."""
+    shown = [f"ready: {told['jdbc']}"]
+    for name, table in told["tables"].items():
+        shown.append(f"{name}: {table['table']} version {table['version']}: {', '.join(table['functions'])}")
+    return shown
+
+
+def _follow(spark: SparkSession, functions: Functions, stop: threading.Event, say: Callable[[str], None]) -> None:
+    beats = 0
+    while not stop.wait(FOLLOW_S):
+        beats += 1
+        try:
+            rarely = beats % KEEP_WARM_BEATS == 0
+            for name in functions.follow(retry=rarely):
+                say(f"table '{name}' answers from version {functions.served[name].version} on")
+            if rarely:
+                _keep_warm(spark, functions, say)
+        except (PySparkException, Py4JJavaError) as error:
+            say(f"the tables could not be looked at, and will be again: {_first_line(error)}")
+        except (Py4JError, OSError) as error:
+            if stop.wait(FOLLOW_S):  # the signal went to the JVM too
+                return
+            raise RunError(
+                f"Spark is gone ({_first_line(error)}); start the server again, its log may say why",
+                code="SERVER_FAILED",
+            ) from error
+
+
+def _keep_warm(spark: SparkSession, functions: Functions, say: Callable[[str], None]) -> None:
+    """Has each table's encoder answer once, in its worker; what is wrong with one is told, and told to who asks it."""
+    for table in functions.served.values():
+        if table.encoder is None:
+            continue
+        try:
+            spark.sql(f"SELECT {EMBED}('{table.encoder_key}', 'warm')").collect()
+        except (PySparkException, Py4JJavaError) as error:
+            say(f"table '{table.name}' cannot be searched by text: {_first_line(error)}")
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; what they did before comes back at the end."""
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,113 @@
+"""A published table as SQL serves it: one version, with the encoder that made the vectors of exactly this version."""
+
+from dataclasses import dataclass, replace
+
+from pyspark.sql import SparkSession
+
+from shoal.conf.errors import DestinationError, ShoalError
+from shoal.conf.fingerprint import digest
+from shoal.conf.run import EncoderConfig
+from shoal.jobs.filesystem import FileSystem, join
+from shoal.jobs.layout import TableRef, table_named
+from shoal.jobs.prepare import encoder_of
+from shoal.jobs.published import Published, read_settled
+from shoal.udfs.query_udf import QueryEncoder
+
+LOG_FILE = "_delta_log/{version:020d}.json"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that hits carry along: its name and its type as SQL writes it."""
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True)
+class ServedTable:
+    """What the functions of one table are made from; all of it belongs to `version`.
+
+    encoder: None where it cannot be had, and `problem` says why, beginning with the error's code in brackets.
+    """
+
+    name: str
+    ref: TableRef
+    location: str
+    version: int
+    keys: tuple[Column, ...]
+    metadata: tuple[Column, ...]
+    has_text: bool
+    dim: int
+    encoder: QueryEncoder | None
+    problem: str | None = None
+
+    @property
+    def relation(self) -> str:
+        """How SQL names this version of the table."""
+        return f"{self.ref.sql} VERSION AS OF {self.version}"
+
+    @property
+    def encoder_key(self) -> str:
+        """The name under which `shoal_embed` knows the encoder of this version, whatever the table's is by then."""
+        if self.encoder is None:
+            return self.name
+        spec = self.encoder.spec
+        return f"{self.name}@{digest([spec.fingerprint, spec.query_prompt, spec.folder, spec.backend])[:16]}"
+
+
+def read_served(spark: SparkSession, name: str, table: str) -> ServedTable:
+    """The table's newest version with its own encoder, never the properties of one version with the rows of another.
+
+    Raises DestinationError when there is no such table. An encoder that cannot be had is no error here: whoever asks
+    for it in SQL gets the reason.
+    """
+    ref = _qualified(spark, table_named(spark, table))
+    published = read_settled(spark, ref)
+    if published is None:
+        raise DestinationError(
+            f"table '{table}': there is no such table; `shoal embed` makes one", code="TABLE_NOT_FOUND"
+        )
+    fields = published.rows(spark)._jdf.schema().fields()
+    types = {field.name(): field.dataType().sql() for field in fields}
+    encoder, problem = _encoder(published)
+    return ServedTable(
+        name=name,
+        ref=ref,
+        location=spark.sql(f"DESCRIBE DETAIL {ref.sql}").collect()[0]["location"],
+        version=published.version,
+        keys=tuple(Column(key, types[key]) for key in published.keys),
+        metadata=tuple(Column(column, types[column]) for column in published.metadata),
+        has_text="text" in types,
+        dim=int(published.encoder["identity"]["dim"]),
+        encoder=encoder,
+        problem=problem,
+    )
+
+
+def has_moved(spark: SparkSession, served: ServedTable) -> bool:
+    """Whether the table has a newer version, or is another one: two look-ups in its log, no read."""
+    files = FileSystem(spark, served.location)
+    following = join(served.location, LOG_FILE.format(version=served.version + 1))
+    return files.exists(following) or not files.exists(join(served.location, LOG_FILE.format(version=served.version)))
+
+
+def _encoder(published: Published) -> tuple[QueryEncoder | None, str | None]:
+    try:
+        spec = encoder_of(published)
+    except ShoalError as error:
+        return None, f"[{error.code}] {error}"
+    settings = EncoderConfig.model_validate(published.encoder["settings"])
+    return QueryEncoder(spec, settings), None
+
+
+def _qualified(spark: SparkSession, ref: TableRef) -> TableRef:
+    """A name with its catalog and schema: a client's USE changes what a shorter one means."""
+    if ref.name is None:
+        return ref
+    parts = ref.name.split(".")
+    if len(parts) == 1:
+        parts = [spark.catalog.currentDatabase(), *parts]
+    if len(parts) == 2:
+        parts = [spark.catalog.currentCatalog(), *parts]
+    return replace(ref, name=".".join(parts))
