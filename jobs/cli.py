@@ -84,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_serve(verbs)
     _add_join(verbs)
+    _add_export(verbs)
+    _add_sql(verbs)
     _add(verbs, "history", "list a table's publications and runs: version, run, model, counts", _history, table=True)
     status = _add(verbs, "status", "say how far tables are behind, what went wrong, what is due", _status)
     status.add_argument("tables", nargs="+", metavar="table", help="paths or catalog names of published tables")
@@ -203,6 +205,22 @@ def _add_join(verbs: Any) -> None:
     join.add_argument("--out", required=True, metavar="TABLE", help="path or catalog name of the table to write")
 
 
+def _add_export(verbs: Any) -> None:
+    export = _add(verbs, "export", "write a table's vectors for other systems to read", _export, table=True)
+    export.add_argument(
+        "--to", required=True, choices=("parquet", "lance", "faiss"), help="Parquet files, Lance or FAISS (exact)"
+    )
+    export.add_argument("--out", required=True, metavar="FOLDER", help="a folder that is not there yet")
+
+
+def _add_sql(verbs: Any) -> None:
+    sql = verbs.add_parser("sql", help="make what other tools need to query tables").add_subparsers(
+        metavar="WHAT", required=True
+    )
+    dbt = _add(sql, "dbt", "print a sources.yml for dbt, with tests and freshness", _sql_dbt)
+    dbt.add_argument("tables", nargs="+", metavar="[NAME=]TABLE", help="published tables by path or catalog name")
+
+
 def _require_text(args: argparse.Namespace) -> None:
     """ConfigError for an argument with bytes that are not UTF-8: Spark could not be told it."""
     for name, value in vars(args).items():
@@ -309,6 +327,24 @@ def _join(args: argparse.Namespace) -> int:
 
         done = verb.join(spark, args.left, args.right, args.out, k=args.k, threshold=args.threshold, say=_say)
         _print(args, done, verb.lines(done))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    with _spark(SparkConfig(), "shoal export") as spark:
+        from shoal.jobs import export as verb
+
+        done = verb.export(spark, args.table, args.to, args.out)
+        _print(args, done, verb.lines(done))
+    return 0
+
+
+def _sql_dbt(args: argparse.Namespace) -> int:
+    with _spark(SparkConfig(), "shoal sql dbt") as spark:
+        from shoal.jobs.dbt_sources import dbt_sources
+
+        told = dbt_sources(spark, args.tables)
+        _print(args, {"sources_yml": told}, told.splitlines())
     return 0
 
 

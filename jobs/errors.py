@@ -5,10 +5,9 @@ from typing import Any
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from shoal.conf.errors import DestinationError
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import table_named
-from shoal.jobs.published import read_published
+from shoal.jobs.published import read_settled
 from shoal.jobs.report import plain
 from shoal.udfs import reasons
 
@@ -17,11 +16,7 @@ SAMPLE_CHARS = 80
 
 def errors(spark: SparkSession, table: str, *, samples: int = 3) -> list[dict[str, Any]]:
     """Most frequent first: reason, count, whether it is permanent, and up to `samples` keys with their texts."""
-    published = read_published(spark, table_named(spark, table))
-    if published is None:
-        raise DestinationError(
-            f"table '{table}': there is no such table; `shoal embed` makes one", code="TABLE_NOT_FOUND"
-        )
+    published = read_settled(spark, table_named(spark, table))
     failed = published.rows(spark).where(F.col("error").isNotNull())
     keys = [*published.keys, "chunk_index"]
     text = F.substring("text", 1, SAMPLE_CHARS) if "text" in failed.columns else F.lit(None).cast("string")

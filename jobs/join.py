@@ -138,10 +138,6 @@ def _input(spark: SparkSession, table: str, known: _Input | None = None) -> _Inp
     """The table at its present version; `known` when it is the same table: then both are one version."""
     ref = table_named(spark, table)
     published = read_settled(spark, ref)
-    if published is None:
-        raise DestinationError(
-            f"table '{table}': there is no such table; `shoal embed` makes one", code="TABLE_NOT_FOUND"
-        )
     location = spark.sql(f"DESCRIBE DETAIL {ref.sql}").collect()[0]["location"]
     if known is not None and known.location == location:
         return known

@@ -10,14 +10,14 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import DestinationError, ShoalError
+from shoal.conf.errors import ShoalError
 from shoal.conf.run import TrackingConfig
 from shoal.jobs.bookkeeping import Bookkeeper, drop_work, new_run_id
 from shoal.jobs.filesystem import FileSystem
 from shoal.jobs.layout import TableRef, table_named
 from shoal.jobs.lease import Lease, held
 from shoal.jobs.publish import Target, commit_sql
-from shoal.jobs.published import Published, State, read_published
+from shoal.jobs.published import Published, State, read_settled
 from shoal.jobs.report import PHASES
 
 
@@ -130,12 +130,7 @@ def operating(
 
 def table_of_ours(spark: SparkSession, table: str) -> Published:
     """The published table that a user names; DestinationError when there is none."""
-    published = read_published(spark, table_named(spark, table))
-    if published is None:
-        raise DestinationError(
-            f"table '{table}': there is no such table; name a path or a catalog name", code="TABLE_NOT_FOUND"
-        )
-    return published
+    return read_settled(spark, table_named(spark, table))
 
 
 def _write_down_failure(operation: Operation, error: ShoalError) -> None:

@@ -207,12 +207,19 @@ def read_published(spark: SparkSession, ref: TableRef) -> Published | None:
     return Published(ref, since[0].version, properties, detail["description"], since[0], ours, foreign)
 
 
-def read_settled(spark: SparkSession, ref: TableRef) -> Published | None:
-    """As `read_published`, read until no commit came in between: properties and version then belong together."""
-    published = read_published(spark, ref)
-    while published is not None and not is_head(spark, published):
+def read_settled(spark: SparkSession, ref: TableRef) -> Published:
+    """The table, read until no commit came in between: properties and version then belong together.
+
+    Raises DestinationError when there is no such table.
+    """
+    while True:
         published = read_published(spark, ref)
-    return published
+        if published is None:
+            raise DestinationError(
+                f"table '{ref}': there is no such table; `shoal embed` makes one", code="TABLE_NOT_FOUND"
+            )
+        if is_head(spark, published):
+            return published
 
 
 def is_head(spark: SparkSession, published: Published | None) -> bool:

@@ -6,12 +6,12 @@ from pyspark.errors import PySparkException
 from pyspark.sql import Row, SparkSession
 from pyspark.sql import functions as F
 
-from shoal.conf.errors import ConfigError, DestinationError
+from shoal.conf.errors import ConfigError
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import table_named
 from shoal.jobs.nearest import SCORE, encode_queries, nearest
 from shoal.jobs.prepare import encoder_of
-from shoal.jobs.published import Published, read_published
+from shoal.jobs.published import Published, read_settled
 from shoal.jobs.report import plain
 
 
@@ -29,11 +29,7 @@ def search(
     if any(not text.strip() for text in texts):
         raise ConfigError("the query is blank; write what to look for")
     ref = table_named(spark, table)
-    published = read_published(spark, ref)
-    if published is None:
-        raise DestinationError(
-            f"table '{table}': there is no such table; `shoal embed` makes one", code="TABLE_NOT_FOUND"
-        )
+    published = read_settled(spark, ref)
     queries_QD = encode_queries(spark, encoder_of(published), texts)
     rows = published.rows(spark)
     try:

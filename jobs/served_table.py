@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import DestinationError, ShoalError
+from shoal.conf.errors import ShoalError
 from shoal.conf.fingerprint import digest
 from shoal.conf.run import EncoderConfig
 from shoal.jobs.filesystem import FileSystem, join
@@ -64,10 +64,6 @@ def read_served(spark: SparkSession, name: str, table: str) -> ServedTable:
     """
     ref = _qualified(spark, table_named(spark, table))
     published = read_settled(spark, ref)
-    if published is None:
-        raise DestinationError(
-            f"table '{table}': there is no such table; `shoal embed` makes one", code="TABLE_NOT_FOUND"
-        )
     fields = published.rows(spark)._jdf.schema().fields()
     types = {field.name(): field.dataType().sql() for field in fields}
     encoder, problem = _encoder(published)

@@ -29,6 +29,8 @@ COMMAND_LINE = {
     "cutover": ["--debug", "--json", "--set", "FILE"],
     "search": ["--debug", "--json", "--where", "-k", "TABLE", "TEXT"],
     "serve": ["--bind", "--catalog", "--debug", "--json", "--port", "--table", "--tls-keystore", "--users"],
+    "export": ["--debug", "--json", "--out", "--to", "TABLE"],
+    "sql dbt": ["--debug", "--json", "TABLES"],
     "join": ["--debug", "--json", "--k", "--out", "--threshold", "LEFT", "RIGHT"],
     "passwd": ["--debug", "--json", "FILE", "USER"],
     "history": ["--debug", "--json", "TABLE"],

@@ -1,0 +1,184 @@
+"""`shoal export`: the vectors of a published table as Parquet files, a Lance dataset or a FAISS index."""
+
+import importlib
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pds
+import pyarrow.parquet as pq
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from shoal.conf.errors import ConfigError, DestinationError, RunError
+from shoal.jobs.filesystem import FileSystem, absolute, full_disk, join, local_path
+from shoal.jobs.hashing import quoted
+from shoal.jobs.layout import table_named
+from shoal.jobs.published import Published, read_settled
+
+ABOUT_FILE = "_shoal.json"
+"""Beside the data: the table, its version and the encoder. Readers of Parquet pass over a name with an underscore."""
+
+PARTS = ".parts"
+BATCH_ROWS = 8192
+
+
+def export(spark: SparkSession, table: str, kind: str, out: str) -> dict[str, Any]:
+    """Writes all chunks of the table's newest version that have a vector, and returns the document of `--json`.
+
+    kind: one of KINDS; out: a folder that is not there yet or is empty, local for all but Parquet. Raises
+    DestinationError when there is no such table or `out` cannot be used, ConfigError when the library is missing.
+    """
+    began = time.monotonic()
+    write = KINDS[kind]
+    if kind != "parquet":
+        _library(kind)  # before anything is read
+    published = read_settled(spark, table_named(spark, table))
+    out = absolute(out).rstrip("/")
+    if FileSystem(spark, out).is_occupied(out):
+        raise DestinationError(f"--out '{out}': something is there already, and it is left as it is; name a new folder")
+    everything = published.rows(spark)
+    counts = everything.agg(F.count(F.lit(1)).alias("rows"), F.count("embedding").alias("vectors")).collect()[0]
+    about = {
+        "table": str(published.ref),
+        "version": published.version,
+        "fingerprint": published.fingerprint,
+        "encoder": published.encoder["reference"],
+        "identity": published.encoder["identity"],
+    }
+    try:
+        write(_wanted(everything, published), out, about)
+    except (PySparkException, Py4JJavaError) as error:
+        raise full_disk(error) or RunError(
+            f"--out '{out}' could not be written: {str(error).strip().splitlines()[0]}; remove what is there, and run "
+            "it again"
+        ) from error
+    return {
+        "status": "written",
+        "kind": kind,
+        "out": out,
+        **about,
+        "rows": counts["vectors"],
+        "without_vector": counts["rows"] - counts["vectors"],
+        "bytes_written": FileSystem(spark, out).size(out),
+        "seconds": round(time.monotonic() - began, 3),
+    }
+
+
+def lines(document: dict[str, Any]) -> list[str]:
+    """The document for people."""
+    left_out = f", {document['without_vector']:,} without a vector left out" if document["without_vector"] else ""
+    return [
+        f"{document['table']} version {document['version']}: {document['rows']:,} chunks{left_out}",
+        f"written to {document['out']} as {document['kind']}: {document['bytes_written']:,} bytes",
+    ]
+
+
+def _wanted(rows: DataFrame, published: Published) -> DataFrame:
+    columns = [*published.keys, "chunk_index", *(["text"] if "text" in rows.columns else []), *published.metadata]
+    return rows.where(F.col("embedding").isNotNull()).select(*(F.col(quoted(name)) for name in columns), "embedding")
+
+
+def _to_parquet(rows: DataFrame, out: str, about: Mapping[str, Any]) -> None:
+    rows.write.mode("append").parquet(out)
+    FileSystem(rows.sparkSession, out).replace(join(out, ABOUT_FILE), json.dumps(about, indent=2) + "\n")
+
+
+def _to_lance(rows: DataFrame, out: str, about: Mapping[str, Any]) -> None:
+    lance = _library("lance")
+    dim = int(about["identity"]["dim"])
+
+    def write(parts: pds.Dataset, folder: Path) -> None:
+        place = parts.schema.get_field_index("embedding")
+        schema = parts.schema.set(place, pa.field("embedding", pa.list_(pa.float32(), dim)))
+        schema = schema.with_metadata({"shoal": json.dumps(about)})
+        batches = (
+            pa.RecordBatch.from_arrays(
+                [
+                    pa.FixedSizeListArray.from_arrays(pa.array(_vectors(batch, dim).ravel()), dim)
+                    if nth == place
+                    else column
+                    for nth, column in enumerate(batch.columns)
+                ],
+                schema=schema,
+            )
+            for batch in _batches(parts)
+        )
+        lance.write_dataset(pa.RecordBatchReader.from_batches(schema, batches), str(folder), schema=schema)
+
+    _by_this_process(rows, out, "lance", write)
+
+
+def _to_faiss(rows: DataFrame, out: str, about: Mapping[str, Any]) -> None:
+    faiss = _library("faiss")
+    dim = int(about["identity"]["dim"])
+
+    def write(parts: pds.Dataset, folder: Path) -> None:
+        folder.mkdir()
+        index = faiss.IndexFlatIP(dim)
+        schema = parts.schema.remove(parts.schema.get_field_index("embedding"))
+        with pq.ParquetWriter(folder / "rows.parquet", schema) as rows_of_index:
+            for batch in _batches(parts):
+                index.add(_vectors(batch, dim))
+                rows_of_index.write_batch(batch.drop_columns(["embedding"]))
+        faiss.write_index(index, str(folder / "index.faiss"))
+        (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n")
+
+    _by_this_process(rows, out, "faiss", write)
+
+
+KINDS: Final[Mapping[str, Callable[[DataFrame, str, Mapping[str, Any]], None]]] = {
+    "parquet": _to_parquet,
+    "lance": _to_lance,
+    "faiss": _to_faiss,
+}
+
+
+def _by_this_process(rows: DataFrame, out: str, kind: str, write: Callable[[pds.Dataset, Path], None]) -> None:
+    """Has the executors write Parquet beside `out`, and this process make of it what appears at `out` when whole.
+
+    So the driver holds a batch of rows at a time, and whatever the library holds.
+    """
+    folder = local_path(out)
+    if folder is None:
+        raise ConfigError(f"--out '{out}' is not on a disk of this machine, and {kind} is written by this process")
+    beside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        rows.write.parquet(str(beside / PARTS))
+        if not (beside / PARTS).is_dir():
+            raise ConfigError(f"--out '{out}': what the executors write is not seen here; name a folder that all share")
+        write(pds.dataset(beside / PARTS, format="parquet"), beside / folder.name)
+        if folder.is_dir():
+            folder.rmdir()
+        (beside / folder.name).rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _batches(parts: pds.Dataset) -> Iterator[pa.RecordBatch]:
+    return iter(parts.to_batches(batch_size=BATCH_ROWS, batch_readahead=1, fragment_readahead=1))
+
+
+def _vectors(batch: pa.RecordBatch, dim: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """float32 (N, dim); RunError where a row has another width."""
+    lists = batch.column("embedding")
+    if len(lists) and set(lists.value_lengths().unique().to_pylist()) != {dim}:
+        raise RunError(f"column embedding has vectors of another width than {dim}; `shoal audit` names the rows")
+    vectors_ND: np.ndarray[Any, np.dtype[np.float32]] = lists.flatten().to_numpy().reshape(-1, dim)
+    return vectors_ND
+
+
+def _library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"--to {name} needs a library that is not installed: pip install 'shoal[{name}]'") from error
