@@ -16,6 +16,9 @@ from typing import Any
 
 import pyspark
 import pytest
+import sqlalchemy
+from py4j.protocol import Py4JJavaError
+from pyhive import hive
 from pyspark.sql import SparkSession
 
 from shoal.conf.loader import load_run
@@ -190,6 +193,34 @@ def test_two_clients_at_once_get_their_own_answers_and_share_settings(server: Se
     for text, rows in zip(("one fish", "blue fish"), answers, strict=True):
         assert rows[:6] == [["text"], [text]] * 3
     assert ["spark.shoal.test.said", "yes"] in shared
+
+
+def test_python_clients_and_the_plain_driver_get_the_same_answers_and_errors(
+    server: Server, spark: SparkSession
+) -> None:
+    """PyHive, SQLAlchemy with a bound parameter that has quotes in it, and Hive's JDBC driver in a JVM."""
+    port = int(server.told["jdbc"].rsplit(":", 1)[1].split("/")[0])
+    cursor = hive.connect("127.0.0.1", port, username="tester").cursor()
+    cursor.execute("SELECT text, score FROM docs_search(%s, 1)", ("red fish",))
+    [(text, score)] = cursor.fetchall()
+    assert (text, score) == ("red fish", pytest.approx(1, abs=1e-6))
+    with pytest.raises(hive.OperationalError, match="QUERY_INVALID"):
+        cursor.execute("SELECT text FROM docs_search(NULL, 1)")
+
+    with sqlalchemy.create_engine(f"hive://tester@127.0.0.1:{port}/default").connect() as connection:
+        query = sqlalchemy.text("SELECT count(*) FROM docs_search(:query, 3)")
+        assert connection.execute(query, {"query": "a 'quoted' \\ fish; --"}).scalar() == 3
+
+    jvm = spark._jvm
+    assert jvm is not None
+    jvm.java.lang.Class.forName("org.apache.hive.jdbc.HiveDriver")
+    connection = jvm.java.sql.DriverManager.getConnection(server.told["jdbc"], "tester", "any")
+    rows = connection.createStatement().executeQuery("SELECT text FROM docs_search('blue fish', 1)")
+    assert rows.next()
+    assert rows.getString(1) == "blue fish"
+    with pytest.raises(Py4JJavaError, match="QUERY_INVALID"):
+        connection.createStatement().executeQuery("SELECT text FROM docs_search('blue fish', 0)")
+    connection.close()
 
 
 def test_new_rows_and_a_new_encoder_are_served_without_a_restart(server: Server, write: Callable[..., str]) -> None:
