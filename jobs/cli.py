@@ -217,6 +217,11 @@ def _add_sql(verbs: Any) -> None:
     sql = verbs.add_parser("sql", help="make what other tools need to query tables").add_subparsers(
         metavar="WHAT", required=True
     )
+    install = _add(sql, "install", "make search functions in a schema that every session sees", _sql_install)
+    install.add_argument("tables", nargs="+", metavar="[NAME=]TABLE", help="published tables by path or catalog name")
+    install.add_argument("--schema", default="default", help="where the functions stand (default: default)")
+    install.add_argument("--catalog", type=Path, metavar="FOLDER", help="as of `shoal serve`")
+    install.add_argument("--dry-run", action="store_true", help="print the statements, and do nothing")
     dbt = _add(sql, "dbt", "print a sources.yml for dbt, with tests and freshness", _sql_dbt)
     dbt.add_argument("tables", nargs="+", metavar="[NAME=]TABLE", help="published tables by path or catalog name")
 
@@ -335,6 +340,18 @@ def _export(args: argparse.Namespace) -> int:
         from shoal.jobs import export as verb
 
         done = verb.export(spark, args.table, args.to, args.out)
+        _print(args, done, verb.lines(done))
+    return 0
+
+
+def _sql_install(args: argparse.Namespace) -> int:
+    from shoal.jobs.thrift import default_catalog, held_catalog, session_settings
+
+    catalog = (args.catalog or default_catalog()).absolute()
+    with held_catalog(catalog), _spark(session_settings(catalog), "shoal sql install") as spark:
+        from shoal.jobs import sql_install as verb
+
+        done = verb.sql_install(spark, args.tables, args.schema, dry_run=args.dry_run)
         _print(args, done, verb.lines(done))
     return 0
 

@@ -26,7 +26,7 @@ class Column:
 
 @dataclass(frozen=True)
 class ServedTable:
-    """What the functions of one table are made from; all of it belongs to `version`.
+    """What the functions of one table are made from; all of it belongs to `version`, None for whichever is newest.
 
     encoder: None where it cannot be had, and `problem` says why, beginning with the error's code in brackets.
     """
@@ -34,7 +34,7 @@ class ServedTable:
     name: str
     ref: TableRef
     location: str
-    version: int
+    version: int | None
     keys: tuple[Column, ...]
     metadata: tuple[Column, ...]
     has_text: bool
@@ -45,7 +45,7 @@ class ServedTable:
     @property
     def relation(self) -> str:
         """How SQL names this version of the table."""
-        return f"{self.ref.sql} VERSION AS OF {self.version}"
+        return self.ref.sql if self.version is None else f"{self.ref.sql} VERSION AS OF {self.version}"
 
     @property
     def encoder_key(self) -> str:
@@ -84,6 +84,7 @@ def read_served(spark: SparkSession, name: str, table: str) -> ServedTable:
 def has_moved(spark: SparkSession, served: ServedTable) -> bool:
     """Whether the table has a newer version, or is another one: two look-ups in its log, no read."""
     files = FileSystem(spark, served.location)
+    assert served.version is not None  # noqa: S101 - only functions of a catalog are of no version
     following = join(served.location, LOG_FILE.format(version=served.version + 1))
     return files.exists(following) or not files.exists(join(served.location, LOG_FILE.format(version=served.version)))
 

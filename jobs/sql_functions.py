@@ -131,13 +131,21 @@ def statements(served: ServedTable) -> list[str]:
     return [sql.search(), sql.search_vector(), sql.similar(), sql.best(), sql.scores()]
 
 
+def permanent_statements(served: ServedTable, schema: str) -> dict[str, str]:
+    """Name -> statement of the functions that a catalog can keep: those without a text to encode."""
+    sql = _Sql(served, schema)
+    made = {"search_vector": sql.search_vector(), "similar": sql.similar()}
+    return {f"{schema}.{served.name}_{suffix}": statement for suffix, statement in made.items()}
+
+
 class _Sql:
     """Text of the functions of one table. Parameters are always written as function.parameter, columns as t.column:
     a column of the table may be called like a parameter.
     """
 
-    def __init__(self, served: ServedTable) -> None:
+    def __init__(self, served: ServedTable, schema: str | None = None) -> None:
         self.served = served
+        self.schema = schema
         taken = {column.name.lower() for column in [*served.keys, *served.metadata]}
         self.score = next((name for name in SCORE_NAMES if name not in taken), "__score")
         self.columns = [*served.keys, Column("chunk_index", "INT"), Column("text", "STRING"), *served.metadata]
@@ -266,10 +274,10 @@ class _Sql:
         )
         columns = [*self.columns, Column(self.score, "FLOAT")]
         returned = ", ".join(f"{quoted(column.name)} {column.type}" for column in columns)
-        return (
-            f"CREATE OR REPLACE TEMPORARY FUNCTION {quoted(name)}({given}) RETURNS TABLE({returned}) "
-            f"COMMENT {_text(about)} RETURN {body}"
-        )
+        made = f"TEMPORARY FUNCTION {quoted(name)}"
+        if self.schema is not None:
+            made = f"FUNCTION {'.'.join(quoted(part) for part in [*self.schema.split('.'), name])}"
+        return f"CREATE OR REPLACE {made} ({given}) RETURNS TABLE({returned}) COMMENT {_text(about)} RETURN {body}"
 
 
 def _query() -> tuple[str, str, str, int | None]:

@@ -30,6 +30,7 @@ COMMAND_LINE = {
     "search": ["--debug", "--json", "--where", "-k", "TABLE", "TEXT"],
     "serve": ["--bind", "--catalog", "--debug", "--json", "--port", "--table", "--tls-keystore", "--users"],
     "export": ["--debug", "--json", "--out", "--to", "TABLE"],
+    "sql install": ["--catalog", "--debug", "--dry-run", "--json", "--schema", "TABLES"],
     "sql dbt": ["--debug", "--json", "TABLES"],
     "join": ["--debug", "--json", "--k", "--out", "--threshold", "LEFT", "RIGHT"],
     "passwd": ["--debug", "--json", "FILE", "USER"],
