@@ -7,6 +7,7 @@ import yaml
 from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ConfigError
+from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import TableRef, table_named
 from shoal.jobs.published import Published, read_settled
 from shoal.jobs.sql_functions import tables_of
@@ -33,8 +34,11 @@ def dbt_sources(spark: SparkSession, arguments: Sequence[str]) -> str:
     table. Raises DestinationError when a table is not there, ConfigError when two have one name.
     """
     by_schema: dict[str, list[dict[str, Any]]] = {}
-    for name, table in tables_of(arguments).items():
+    names = tables_of(arguments)
+    for name, table in names.items():
         published = read_settled(spark, table_named(spark, table))
+        if f"{name}_runs" in names:
+            raise ConfigError(f"{name}_runs would be the table given and the runs of {name}; write OTHER=TABLE for one")
         schema, identifier = _place(published.ref)
         by_schema.setdefault(schema, []).append(_table(spark, published, name, identifier))
         by_schema.setdefault("delta", []).append(_runs(published, name))
@@ -48,7 +52,7 @@ def dbt_sources(spark: SparkSession, arguments: Sequence[str]) -> str:
 def _place(ref: TableRef) -> tuple[str, str]:
     """Schema and identifier as dbt writes them into SQL, without quotes of its own."""
     if ref.name is None:
-        return "delta", f"`{ref.path}`"
+        return "delta", quoted(ref.path or "")
     *schema, identifier = ref.name.split(".")
     if len(schema) > 1:
         raise ConfigError(
@@ -77,7 +81,7 @@ def _table(spark: SparkSession, published: Published, name: str, identifier: str
 def _runs(published: Published, name: str) -> dict[str, Any]:
     return {
         "name": f"{name}_runs",
-        "identifier": f"`{published.ref.runs}`",
+        "identifier": quoted(published.ref.runs),
         "description": f"A row for each run on {name}; how fresh it is says when {name} was last in step.",
         "loaded_at_field": "written_at",
         "freshness": {

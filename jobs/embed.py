@@ -14,7 +14,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
-from shoal.conf.errors import ShoalError, code_of
+from shoal.conf.errors import RunError, ShoalError, code_of
 from shoal.conf.run import RunConfig
 from shoal.jobs import limits
 from shoal.jobs.bookkeeping import Bookkeeper, drop_work, new_run_id
@@ -50,7 +50,7 @@ from shoal.jobs.published import Published, State, is_head, read_published
 from shoal.jobs.reconcile import count_encoded
 from shoal.jobs.report import Report
 from shoal.jobs.source import SourceRows, read_source
-from shoal.jobs.staging import create_staging, trim_staging
+from shoal.jobs.staging import create_staging, mend_staging, trim_staging
 
 
 def embed(
@@ -152,15 +152,26 @@ class _Run:
         try:
             self._plan_and_publish(source, published)
         except (PySparkException, Py4JJavaError) as error:
-            failure = worker_error(error)
+            failure = self._mended(error) or worker_error(error)
             self._write_down_failure(failure)
             raise failure from error
         except ShoalError as error:
-            self._write_down_failure(error)
-            raise
+            failure = self._mended(error) or error
+            self._write_down_failure(failure)
+            raise failure from error.__cause__
         finally:
             # Only this run's own: should the lease have been lost, the new holder is at work beside it.
             self.files.delete(join(self.ref.work, self.report.run_id))
+
+    def _mended(self, error: Exception) -> RunError | None:
+        """The error to raise where a file of staging could not be read; what cannot be read is gone from it then."""
+        if not mend_staging(self.spark, self.ref, error):
+            return None
+        return RunError(
+            f"a file of staging could not be read ({str(error).strip().splitlines()[0][:300]}); nothing was published. "
+            "What cannot be read has been dropped and is encoded again: run it again",
+            code="STAGING_DAMAGED",
+        )
 
     def _plan_and_publish(self, source: SourceRows, published: Published | None) -> None:
         report = self.report

@@ -18,15 +18,20 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
 
 from shoal.conf.errors import ConfigError, DestinationError, RunError
 from shoal.jobs.filesystem import FileSystem, absolute, full_disk, join, local_path
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import table_named
 from shoal.jobs.published import Published, read_settled
+from shoal.jobs.session import with_settings
 
 ABOUT_FILE = "_shoal.json"
 """Beside the data: the table, its version and the encoder. Readers of Parquet pass over a name with an underscore."""
+
+PLAIN_TIMES = {"spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS"}
+"""Spark's default is a format of its own, which other readers take for other times from the year 2262 on."""
 
 PARTS = ".parts"
 BATCH_ROWS = 8192
@@ -56,7 +61,13 @@ def export(spark: SparkSession, table: str, kind: str, out: str) -> dict[str, An
         "identity": published.encoder["identity"],
     }
     try:
-        write(_wanted(everything, published), out, about)
+        with with_settings(spark, PLAIN_TIMES):
+            written = write(_wanted(everything, published), out, about)
+        if written != counts["vectors"]:
+            raise RunError(
+                f"--out '{out}' has {written} of {counts['vectors']} chunks: the executors write to disks of their "
+                "own, or another export writes there too; name a folder that all share and nobody else uses"
+            )
     except (PySparkException, Py4JJavaError) as error:
         raise full_disk(error) or RunError(
             f"--out '{out}' could not be written: {str(error).strip().splitlines()[0]}; remove what is there, and run "
@@ -67,7 +78,7 @@ def export(spark: SparkSession, table: str, kind: str, out: str) -> dict[str, An
         "kind": kind,
         "out": out,
         **about,
-        "rows": counts["vectors"],
+        "rows": written,
         "without_vector": counts["rows"] - counts["vectors"],
         "bytes_written": FileSystem(spark, out).size(out),
         "seconds": round(time.monotonic() - began, 3),
@@ -88,16 +99,19 @@ def _wanted(rows: DataFrame, published: Published) -> DataFrame:
     return rows.where(F.col("embedding").isNotNull()).select(*(F.col(quoted(name)) for name in columns), "embedding")
 
 
-def _to_parquet(rows: DataFrame, out: str, about: Mapping[str, Any]) -> None:
-    rows.write.mode("append").parquet(out)
-    FileSystem(rows.sparkSession, out).replace(join(out, ABOUT_FILE), json.dumps(about, indent=2) + "\n")
+def _to_parquet(rows: DataFrame, out: str, about: Mapping[str, Any]) -> int:
+    files = FileSystem(rows.sparkSession, out)
+    files.delete(out)  # it is empty
+    rows.write.parquet(_address(out))
+    files.replace(join(out, ABOUT_FILE), json.dumps(about, indent=2) + "\n")
+    return rows.sparkSession.read.schema(rows.schema).parquet(_address(out)).count()
 
 
-def _to_lance(rows: DataFrame, out: str, about: Mapping[str, Any]) -> None:
+def _to_lance(rows: DataFrame, out: str, about: Mapping[str, Any]) -> int:
     lance = _library("lance")
     dim = int(about["identity"]["dim"])
 
-    def write(parts: pds.Dataset, folder: Path) -> None:
+    def write(parts: pds.Dataset, folder: Path) -> int:
         place = parts.schema.get_field_index("embedding")
         schema = parts.schema.set(place, pa.field("embedding", pa.list_(pa.float32(), dim)))
         schema = schema.with_metadata({"shoal": json.dumps(about)})
@@ -113,16 +127,17 @@ def _to_lance(rows: DataFrame, out: str, about: Mapping[str, Any]) -> None:
             )
             for batch in _batches(parts)
         )
-        lance.write_dataset(pa.RecordBatchReader.from_batches(schema, batches), str(folder), schema=schema)
+        reader = pa.RecordBatchReader.from_batches(schema, batches)
+        return int(lance.write_dataset(reader, str(folder), schema=schema).count_rows())
 
-    _by_this_process(rows, out, "lance", write)
+    return _by_this_process(rows, out, "lance", write)
 
 
-def _to_faiss(rows: DataFrame, out: str, about: Mapping[str, Any]) -> None:
+def _to_faiss(rows: DataFrame, out: str, about: Mapping[str, Any]) -> int:
     faiss = _library("faiss")
     dim = int(about["identity"]["dim"])
 
-    def write(parts: pds.Dataset, folder: Path) -> None:
+    def write(parts: pds.Dataset, folder: Path) -> int:
         folder.mkdir()
         index = faiss.IndexFlatIP(dim)
         schema = parts.schema.remove(parts.schema.get_field_index("embedding"))
@@ -132,18 +147,19 @@ def _to_faiss(rows: DataFrame, out: str, about: Mapping[str, Any]) -> None:
                 rows_of_index.write_batch(batch.drop_columns(["embedding"]))
         faiss.write_index(index, str(folder / "index.faiss"))
         (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n")
+        return int(index.ntotal)
 
-    _by_this_process(rows, out, "faiss", write)
+    return _by_this_process(rows, out, "faiss", write)
 
 
-KINDS: Final[Mapping[str, Callable[[DataFrame, str, Mapping[str, Any]], None]]] = {
+KINDS: Final[Mapping[str, Callable[[DataFrame, str, Mapping[str, Any]], int]]] = {
     "parquet": _to_parquet,
     "lance": _to_lance,
     "faiss": _to_faiss,
 }
 
 
-def _by_this_process(rows: DataFrame, out: str, kind: str, write: Callable[[pds.Dataset, Path], None]) -> None:
+def _by_this_process(rows: DataFrame, out: str, kind: str, write: Callable[[pds.Dataset, Path], int]) -> int:
     """Has the executors write Parquet beside `out`, and this process make of it what appears at `out` when whole.
 
     So the driver holds a batch of rows at a time, and whatever the library holds.
@@ -153,15 +169,20 @@ def _by_this_process(rows: DataFrame, out: str, kind: str, write: Callable[[pds.
         raise ConfigError(f"--out '{out}' is not on a disk of this machine, and {kind} is written by this process")
     beside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
-        rows.write.parquet(str(beside / PARTS))
-        if not (beside / PARTS).is_dir():
-            raise ConfigError(f"--out '{out}': what the executors write is not seen here; name a folder that all share")
-        write(pds.dataset(beside / PARTS, format="parquet"), beside / folder.name)
+        rows.write.parquet(_address(str(beside / PARTS)))
+        schema = to_arrow_schema(rows.schema, timezone="UTC")
+        written = write(pds.dataset(beside / PARTS, schema=schema, format="parquet"), beside / folder.name)
         if folder.is_dir():
             folder.rmdir()
         (beside / folder.name).rename(folder)
+        return written
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _address(path: str) -> str:
+    """A local path with its scheme: without one it would mean the cluster's default file system."""
+    return path if local_path(path) is None or path.startswith("file:") else f"file://{path}"
 
 
 def _batches(parts: pds.Dataset) -> Iterator[pa.RecordBatch]:

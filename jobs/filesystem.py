@@ -9,6 +9,9 @@ from pyspark.sql import SparkSession
 
 from shoal.conf.errors import DestinationError, RunError
 
+FileStamp = tuple[int, int]
+"""Time of modification in ms, length in bytes."""
+
 
 def local_path(path: str) -> Path | None:
     """The local path behind `path`, None when it is on another file system."""
@@ -56,6 +59,13 @@ class FileSystem:
         """Whether a file, or a folder with something in it, is there."""
         place = self._path(path)
         return self.exists(path) and (self._fs.getFileStatus(place).isFile() or len(self._fs.listStatus(place)) > 0)
+
+    def stamp(self, path: str) -> FileStamp | None:
+        """What changes when a file is replaced by another; None when it is absent."""
+        if not self.exists(path):
+            return None
+        status = self._fs.getFileStatus(self._path(path))
+        return int(status.getModificationTime()), int(status.getLen())
 
     def names(self, folder: str) -> list[str]:
         """Names directly below a folder, sorted; none when the folder is absent."""

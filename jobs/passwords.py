@@ -100,13 +100,14 @@ def line_of(user: str, password: str) -> str:
 
 def set_password(file: Path, user: str, password: str) -> None:
     """Adds a user or replaces the password of one; the file is its owner's alone."""
+    line = line_of(user, password)
     kept = []
     if file.exists():
         lines = file.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.strip() and not line.startswith(f"{user}:")]
+        kept = [other for other in lines if other.strip() and not other.startswith(f"{user}:")]
     part = file.with_name(f".{file.name}.{os.getpid()}")
     part.touch(mode=stat.S_IRUSR | stat.S_IWUSR)
-    part.write_text("".join(f"{line}\n" for line in [*kept, line_of(user, password)]), encoding="utf-8")
+    part.write_text("".join(f"{each}\n" for each in [*kept, line]), encoding="utf-8")
     part.replace(file)
 
 

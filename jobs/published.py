@@ -109,7 +109,10 @@ class Published:
             return None
         if self.ours.state.record.get("fingerprint") != self.fingerprint:
             return None
-        rows = self.ref.read(spark, self.ours.version)
+        try:
+            rows = self.ref.read(spark, self.ours.version)
+        except (PySparkException, Py4JJavaError):
+            return None
         return rows if readable(rows, *HASHES) else None
 
     def trusted_rows(self, spark: SparkSession) -> DataFrame:

@@ -38,7 +38,9 @@ def serve(
     """
     require_authentication(spark, endpoint, catalog)
     functions = Functions(spark, tables, say)
-    with _stopping() as stop:
+    # A pool of its own: what is looked up for following does not wait behind the clients' queries.
+    spark.sparkContext.setLocalProperty("spark.scheduler.pool", "shoal")
+    with _stopping(spark) as stop:
         functions.create()
         _keep_warm(spark, functions, say)
         with thrift_server(spark, endpoint):
@@ -76,7 +78,7 @@ def _follow(spark: SparkSession, functions: Functions, stop: threading.Event, sa
                 _keep_warm(spark, functions, say)
         except (PySparkException, Py4JJavaError) as error:
             say(f"the tables could not be looked at, and will be again: {_first_line(error)}")
-        except (Py4JError, OSError) as error:
+        except (Py4JError, ConnectionError) as error:
             if stop.wait(FOLLOW_S):  # the signal went to the JVM too
                 return
             raise RunError(
@@ -97,12 +99,24 @@ def _keep_warm(spark: SparkSession, functions: Functions, say: Callable[[str], N
 
 
 @contextlib.contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; what they did before comes back at the end."""
+def _stopping(spark: SparkSession) -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; what they did before comes back at the end.
+
+    They also end all queries, those that this thread waits for among them.
+    """
     stop = threading.Event()
+
+    def cancel() -> None:
+        with contextlib.suppress(Py4JError, OSError):  # the signal may have gone to the JVM too
+            spark.sparkContext.cancelAllJobs()
+
+    def on_signal(*_: Any) -> None:
+        stop.set()
+        threading.Thread(target=cancel, daemon=True).start()
+
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number in before:
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, on_signal)
     try:
         yield stop
     finally:

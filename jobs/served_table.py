@@ -7,7 +7,8 @@ from pyspark.sql import SparkSession
 from shoal.conf.errors import ShoalError
 from shoal.conf.fingerprint import digest
 from shoal.conf.run import EncoderConfig
-from shoal.jobs.filesystem import FileSystem, join
+from shoal.jobs.filesystem import FileStamp, FileSystem, join
+from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import TableRef, table_named
 from shoal.jobs.prepare import encoder_of
 from shoal.jobs.published import Published, read_settled
@@ -35,6 +36,7 @@ class ServedTable:
     ref: TableRef
     location: str
     version: int | None
+    stamp: FileStamp | None
     keys: tuple[Column, ...]
     metadata: tuple[Column, ...]
     has_text: bool
@@ -44,8 +46,14 @@ class ServedTable:
 
     @property
     def relation(self) -> str:
-        """How SQL names this version of the table."""
-        return self.ref.sql if self.version is None else f"{self.ref.sql} VERSION AS OF {self.version}"
+        """How SQL names this version of the table.
+
+        By its folder where the session's own catalog has it: a name may mean another folder later on.
+        """
+        if self.version is None:
+            return self.ref.sql
+        is_of_session = self.ref.name is None or self.ref.name.startswith("spark_catalog.")
+        return f"{f'delta.{quoted(self.location)}' if is_of_session else self.ref.sql} VERSION AS OF {self.version}"
 
     @property
     def encoder_key(self) -> str:
@@ -67,11 +75,13 @@ def read_served(spark: SparkSession, name: str, table: str) -> ServedTable:
     fields = published.rows(spark)._jdf.schema().fields()
     types = {field.name(): field.dataType().sql() for field in fields}
     encoder, problem = _encoder(published)
+    location = _location(spark, ref)
     return ServedTable(
         name=name,
         ref=ref,
-        location=spark.sql(f"DESCRIBE DETAIL {ref.sql}").collect()[0]["location"],
+        location=location,
         version=published.version,
+        stamp=FileSystem(spark, location).stamp(_log_file(location, published.version)),
         keys=tuple(Column(key, types[key]) for key in published.keys),
         metadata=tuple(Column(column, types[column]) for column in published.metadata),
         has_text="text" in types,
@@ -82,20 +92,36 @@ def read_served(spark: SparkSession, name: str, table: str) -> ServedTable:
 
 
 def has_moved(spark: SparkSession, served: ServedTable) -> bool:
-    """Whether the table has a newer version, or is another one: two look-ups in its log, no read."""
+    """Whether the table has a newer version, or its folder is another table's by now: two look-ups in its log."""
     files = FileSystem(spark, served.location)
     assert served.version is not None  # noqa: S101 - only functions of a catalog are of no version
-    following = join(served.location, LOG_FILE.format(version=served.version + 1))
-    return files.exists(following) or not files.exists(join(served.location, LOG_FILE.format(version=served.version)))
+    return (
+        files.exists(_log_file(served.location, served.version + 1))
+        or files.stamp(_log_file(served.location, served.version)) != served.stamp
+    )
+
+
+def has_been_moved(spark: SparkSession, served: ServedTable) -> bool:
+    """Whether the table's name means another folder by now, or none: a query of the catalog."""
+    return served.ref.name is not None and _location(spark, served.ref) != served.location
 
 
 def _encoder(published: Published) -> tuple[QueryEncoder | None, str | None]:
     try:
-        spec = encoder_of(published)
+        return QueryEncoder(encoder_of(published), EncoderConfig.model_validate(published.encoder["settings"])), None
     except ShoalError as error:
         return None, f"[{error.code}] {error}"
-    settings = EncoderConfig.model_validate(published.encoder["settings"])
-    return QueryEncoder(spec, settings), None
+    except (OSError, ValueError) as error:  # files that cannot be read now, settings of a Shoal to come
+        return None, f"[MODEL_UNUSABLE] the table's encoder cannot be loaded: {error}"
+
+
+def _location(spark: SparkSession, ref: TableRef) -> str:
+    location: str = spark.sql(f"DESCRIBE DETAIL {ref.sql}").collect()[0]["location"]
+    return location
+
+
+def _log_file(location: str, version: int) -> str:
+    return join(location, LOG_FILE.format(version=version))
 
 
 def _qualified(spark: SparkSession, ref: TableRef) -> TableRef:

@@ -29,6 +29,9 @@ JARS_OF_SPARK = (
 IVY_JARS = ".ivy2.5.2/jars"
 
 _DEFAULTS = {
+    # Delta would refuse every version but the newest that was written longer ago than `retain`, also one that was the
+    # newest until a minute ago; whether its files are still there is seen when they are read.
+    "spark.databricks.delta.vacuum.enforceTimeTravelWithinDeletedFileRetentionDuration": "false",
     "spark.sql.extensions": DELTA_EXTENSION,
     "spark.sql.catalog.spark_catalog": DELTA_CATALOG,
     "spark.sql.execution.arrow.maxRecordsPerBatch": "2048",

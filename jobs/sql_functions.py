@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import ConfigError, ShoalError
+from shoal.conf.errors import ConfigError, ShoalError, code_of
 from shoal.jobs.hashing import quoted
-from shoal.jobs.served_table import Column, ServedTable, has_moved, read_served
+from shoal.jobs.served_table import Column, ServedTable, has_been_moved, has_moved, read_served
 from shoal.udfs.query_udf import QueryEncoder, query_udf
 
 logger = logging.getLogger(__name__)
@@ -49,25 +51,26 @@ class Functions:
     def follow(self, *, retry: bool = False) -> list[str]:
         """Names of the tables whose functions were replaced because the table has moved since.
 
-        retry: also those whose encoder could not be had. A table that cannot be read just now keeps its functions, and
-        is looked at again next time.
+        retry: also those whose encoder could not be had, or whose name means another folder now. A table that cannot
+        be read just now keeps its functions, and is looked at again next time.
         """
         moved = []
         for name, served in list(self.served.items()):
-            if not has_moved(self.spark, served) and not (retry and served.problem):
-                continue
             try:
-                newest = read_served(self.spark, name, self.tables[name])
-            except ShoalError as error:
-                self.say(f"table '{name}' still answers from version {served.version}: [{error.code}] {error}")
+                again = retry and (served.problem is not None or has_been_moved(self.spark, served))
+                if not again and not has_moved(self.spark, served):
+                    continue
+                # By its full name: what the one that was given means depends on the schema that a client is in.
+                self._serve(read_served(self.spark, name, str(served.ref)))
+            except (ShoalError, PySparkException, Py4JJavaError) as error:
+                told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                self.say(f"table '{name}' still answers from version {served.version}: [{code_of(error)}] {told}")
                 continue
-            self._serve(newest)
             moved.append(name)
         return moved
 
     def _serve(self, served: ServedTable) -> None:
         before = self.served.get(served.name)
-        self.served[served.name] = served
         if served.problem and (before is None or before.problem != served.problem):
             self.say(f"table '{served.name}' cannot be searched by text: {served.problem}")
         # First the function that all others call; it goes on knowing the encoders of versions before.
@@ -78,11 +81,16 @@ class Functions:
         self.spark.udf.register(EMBED, query_udf(encoders))
         for statement in statements(served):
             self.spark.sql(statement)
+        # Last: where one of them fails, the next look makes all of them again.
+        self.served[served.name] = served
 
 
 def install(spark: SparkSession, tables: Mapping[str, str]) -> Functions:
     """The functions in any session with Delta: `install(spark, {"docs": "out/docs"})`, then SQL has `docs_search`."""
-    functions = Functions(spark, {name_of(name): table for name, table in tables.items()}, logger.warning)
+    named = {name_of(name): table for name, table in tables.items()}
+    if len(named) < len(tables):
+        raise ConfigError(f"tables {sorted(tables)}: two of the names begin functions alike; give one another name")
+    functions = Functions(spark, named, logger.warning)
     functions.create()
     return functions
 

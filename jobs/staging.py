@@ -1,16 +1,21 @@
 """The staging table: vectors that wait for an audit, one commit per wave; readers never look at it."""
 
+import re
+from urllib.parse import unquote
+
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from shoal.jobs.layout import TableRef, read_delta
+from shoal.jobs.session import with_settings
 
 STAGING_DDL = (
     "fingerprint string, content_hash binary, embedding array<float>, n_tokens int, truncated boolean, error string, "
     "embedded_at timestamp, run_id string"
 )
+SIGNS_OF_DAMAGE = ("FAILED_READ_FILE", "ChecksumException", "FileNotFoundException", "ParquetDecodingException")
 COLUMNS = ("fingerprint", "content_hash", "embedding", "n_tokens", "truncated", "error", "embedded_at", "run_id")
 
 
@@ -63,6 +68,31 @@ def staged_errors(spark: SparkSession, ref: TableRef, fingerprint: str) -> DataF
     errors = staged_rows(spark, ref, fingerprint).where(F.col("error").isNotNull())
     newest = F.max_by(F.struct("error", "n_tokens", "truncated", "embedded_at"), "embedded_at")
     return errors.groupBy("content_hash").agg(newest.alias("last")).select("content_hash", "last.*")
+
+
+def mend_staging(spark: SparkSession, ref: TableRef, failure: Exception) -> bool:
+    """Drops what cannot be read of staging, where that is what failed; False where it is not.
+
+    The rest of the encoder's partition is written again, with every page compared with its sum.
+    """
+    told = unquote(str(failure))
+    found = re.search(rf"{re.escape(unquote(ref.staging))}/fingerprint=(\w+)/", told)
+    if found is None or not any(sign in told for sign in SIGNS_OF_DAMAGE):
+        return False
+    tolerant = {
+        "spark.sql.files.ignoreCorruptFiles": "true",
+        "spark.sql.files.ignoreMissingFiles": "true",
+        "parquet.page.verify-checksum.enabled": "true",
+    }
+    with with_settings(spark, tolerant):
+        (
+            staged_rows(spark, ref, found[1])
+            .write.format("delta")
+            .mode("overwrite")
+            .option("replaceWhere", f"fingerprint = '{found[1]}'")
+            .save(ref.staging)
+        )
+    return True
 
 
 def trim_staging(spark: SparkSession, ref: TableRef, fingerprint: str) -> None:

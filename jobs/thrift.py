@@ -110,6 +110,7 @@ def session_settings(catalog: Path) -> SparkConfig:
     conf: dict[str, Any] = {
         "spark.sql.catalogImplementation": "hive",
         SINGLE_SESSION: "true",
+        "spark.scheduler.mode": "FAIR",
         # Without it, named parameters fail as soon as Delta's extension is there.
         "spark.sql.legacy.parameterSubstitution.constantsOnly": "true",
         "spark.driver.extraClassPath": class_path,
@@ -134,8 +135,12 @@ def default_catalog() -> Path:
 def held_catalog(catalog: Path) -> Iterator[None]:
     """Makes the folder, for its owner alone, and keeps other servers out; ConfigError where either cannot be."""
     try:
-        (catalog / CLASSES).mkdir(parents=True, exist_ok=True)
-        catalog.chmod(stat.S_IRWXU)
+        if not catalog.exists():
+            catalog.mkdir(parents=True)
+            catalog.chmod(stat.S_IRWXU)
+        elif not (catalog / CLASSES).is_dir() and any(catalog.iterdir()):
+            raise ConfigError(f"--catalog '{catalog}': there is something else in this folder; name a new one")
+        (catalog / CLASSES).mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"--catalog '{catalog}': the folder cannot be made or is not yours ({error.strerror}); name another"

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ from shoal.udfs.hash_encoder import hash_vectors
 
 pytestmark = pytest.mark.spark
 
+UNTIL = "9999-12-31T23:59:59Z"
 TEXTS = {"a": "one fish", "b": "two fish", "c": None, "d": "red fish"}
 VECTORS = {key: hash_vectors([text], 8)[0] for key, text in TEXTS.items() if text}
 
 
 @pytest.fixture
 def table(spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path) -> str:
-    write_rows([{"id": key, "body": text, "tag": key * 2} for key, text in TEXTS.items()])
+    write_rows([{"id": key, "body": text, "tag": key * 2, "until": UNTIL} for key, text in TEXTS.items()])
     source = {
-        "format": "json", "path": "corpus.jsonl", "key": "id", "text": "body", "columns": ["tag"],
-        "schema": "id STRING, body STRING, tag STRING",
+        "format": "json", "path": "corpus.jsonl", "key": "id", "text": "body", "columns": ["tag", "until"],
+        "schema": "id STRING, body STRING, tag STRING, until TIMESTAMP",
     }  # fmt: skip
     embed(spark, load_run(run_file(source=source)))
     return str(tmp_path / "out" / "docs")
@@ -41,6 +43,7 @@ def require_rows(rows: list[dict[str, Any]]) -> None:
     assert {row["id"]: (row["chunk_index"], row["text"], row["tag"]) for row in rows} == {
         key: (0, TEXTS[key], key * 2) for key in VECTORS
     }
+    assert {row["until"] for row in rows} == {datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)}
 
 
 def test_parquet_files_have_rows_vectors_and_say_where_they_are_from(

@@ -15,6 +15,7 @@ from pyspark.sql.functions import pandas_udf
 
 from shoal.conf.errors import ConfigError, DestinationError
 from shoal.conf.loader import load_run
+from shoal.jobs import sql_functions
 from shoal.jobs.embed import embed
 from shoal.jobs.sql_functions import _ENCODERS, EMBED, Functions, install, name_of, tables_of
 from shoal.udfs.hash_encoder import hash_vectors
@@ -241,6 +242,39 @@ def test_a_cut_over_changes_rows_and_encoder_in_one_step(spark: SparkSession, wr
     assert before == after == [Row(query=2, shoal_score=pytest.approx(1.0, abs=1e-6))]
     np.testing.assert_array_equal(np.array(prompt, np.float32), hash_vectors(["b: red fish"], 8)[0])
     assert functions.served["moving"].version == 1
+
+
+def test_a_replacement_that_failed_half_way_is_made_at_the_next_look(
+    spark: SparkSession, write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write("shaky")
+    functions = install(spark, {"shaky": path})
+    write("shaky", bodies=["a tide"])
+    made = sql_functions.statements
+    monkeypatch.setattr(sql_functions, "statements", lambda served: [*made(served)[:2], "SELECT * FROM no_such_table"])
+    assert functions.follow() == []
+    monkeypatch.undo()
+
+    assert functions.follow() == ["shaky"]
+    assert [row["text"] for row in spark.sql("SELECT text FROM shaky_scores('a tide')").collect()] == ["a tide"]
+
+
+def test_a_client_in_another_schema_changes_no_table_that_is_followed(
+    spark: SparkSession, write: Callable[..., str]
+) -> None:
+    path = write("own")
+    spark.sql(f"CREATE TABLE wiki USING delta LOCATION '{path}'")
+    spark.sql("CREATE SCHEMA side")
+    try:
+        functions = install(spark, {"wiki": "wiki"})
+        write("own", bodies=["a tide"])
+        spark.sql("USE side")
+        assert functions.follow() == ["wiki"]
+        assert [row["text"] for row in spark.sql("SELECT text FROM wiki_search('a tide')").collect()] == ["a tide"]
+    finally:
+        spark.sql("USE default")
+        spark.sql("DROP SCHEMA side")
+        spark.sql("DROP TABLE wiki")
 
 
 @pytest.mark.long
