@@ -28,6 +28,7 @@ def shown(spark: SparkSession, ref: TableRef) -> tuple[list[str], set[int]]:
 REPLACE = "CREATE OR REPLACE TABLE AS SELECT"
 
 
+@pytest.mark.long
 def test_a_manual_cut_over_waits_for_its_word_and_a_restore_is_not_undone_by_a_night(
     spark: SparkSession,
     write_rows: Callable[..., Path],

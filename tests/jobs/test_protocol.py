@@ -155,7 +155,7 @@ REPLACE, MERGE = "CREATE OR REPLACE TABLE AS SELECT", "MERGE"
     [
         pytest.param(False, "lease taken", False, marks=pytest.mark.long),
         pytest.param(False, "recovered", False, marks=pytest.mark.long),
-        (True, "planned", False),
+        pytest.param(True, "planned", False, marks=pytest.mark.long),
         pytest.param(False, "probed", False, marks=pytest.mark.long),
         pytest.param(False, "wave 1 staged", False, marks=pytest.mark.long),
         (True, "wave 1 staged", False),
@@ -165,7 +165,7 @@ REPLACE, MERGE = "CREATE OR REPLACE TABLE AS SELECT", "MERGE"
         (True, "landed", True),
         pytest.param(True, "recorded", True, marks=pytest.mark.long),
         pytest.param(False, "tracked", True, marks=pytest.mark.long),
-        (True, "trimmed", True),
+        pytest.param(True, "trimmed", True, marks=pytest.mark.long),
     ],
 )
 def test_a_run_killed_at_a_step_leaves_a_complete_version_and_the_next_run_finishes(

@@ -78,6 +78,7 @@ def test_it_prints_what_the_readme_shows_and_answers_its_questions(quickstart: t
     assert any("subprocess" in hit["id"] for hit in answers["run a command and capture what it prints"])
 
 
+@pytest.mark.long
 def test_run_again_it_encodes_nothing_commits_nothing_and_answers_from_memory(quickstart: tuple[Path, str]) -> None:
     folder, _ = quickstart
     answers = folder / "out/answers.json"
@@ -94,6 +95,7 @@ def test_run_again_it_encodes_nothing_commits_nothing_and_answers_from_memory(qu
     assert again["search"] == kept["answers"], "the model was loaded to ask again"
 
 
+@pytest.mark.long
 def test_the_notebook_walks_through_its_table(quickstart: tuple[Path, str]) -> None:
     folder, _ = quickstart
     notebook = nbformat.read(NOTEBOOK, as_version=4)

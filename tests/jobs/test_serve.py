@@ -223,6 +223,7 @@ def test_python_clients_and_the_plain_driver_get_the_same_answers_and_errors(
     connection.close()
 
 
+@pytest.mark.long
 def test_new_rows_and_a_new_encoder_are_served_without_a_restart(server: Server, write: Callable[..., str]) -> None:
     """While a client keeps asking, the encoder changes: every answer is exact, of the old encoder or of the new."""
     url = server.told["jdbc"]

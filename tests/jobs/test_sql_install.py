@@ -59,6 +59,7 @@ def test_kept_functions_search_the_newest_version_and_complain_like_the_others(
             spark.sql(f"SELECT count(*) FROM `find_me`.{call}").collect()
 
 
+@pytest.mark.long
 def test_a_dry_run_prints_statements_that_work_elsewhere(
     spark: SparkSession, write: Callable[[list[str]], str], schema: str
 ) -> None:

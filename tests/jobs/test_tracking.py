@@ -180,6 +180,7 @@ spark.stop()
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_driver_has_imported_no_torch_at_the_end_of_a_tracked_run_and_a_search(
     write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path
 ) -> None:

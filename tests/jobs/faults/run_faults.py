@@ -503,7 +503,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="with the fake encoder, each step of the protocol first")
     parser.add_argument("--real", type=int, default=10, help="kills with MiniLM")
     parser.add_argument("--hurts", default=",".join(HURTS), help="what else is done, of: " + ", ".join(HURTS))
-    parser.add_argument("--minutes", type=float, default=120, help="no new fault is begun after this")
+    parser.add_argument("--minutes", type=float, default=240, help="no new fault is begun after this")
     parser.add_argument("--seed", type=int, default=4, help="of the history, the victims and the moments")
     parser.add_argument("--json", action="store_true", help="print the account as JSON")
     args = parser.parse_args()
