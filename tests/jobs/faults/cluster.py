@@ -37,7 +37,11 @@ class Cluster:
         """Returns when both workers have registered."""
         end = time.monotonic() + 120
         while time.monotonic() < end:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.web}/json/") as answer:
+            # A master that has just begun to listen may answer with an empty page.
+            with (
+                contextlib.suppress(OSError, ValueError),
+                urllib.request.urlopen(f"http://127.0.0.1:{self.web}/json/") as answer,
+            ):
                 if json.load(answer)["aliveworkers"] == NUM_WORKERS:
                     return
             time.sleep(0.3)
