@@ -100,6 +100,11 @@ CODE_NOTE: Final = "shoal code: "
 """How the note of an error begins that carries its code through a worker's stack trace."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says before its stack trace, which Spark puts into the message; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class ShoalError(Exception):
     """Root of the tree; `except ShoalError` catches everything that Shoal raises on purpose.
 

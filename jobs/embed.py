@@ -14,7 +14,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
-from shoal.conf.errors import RunError, ShoalError, code_of
+from shoal.conf.errors import RunError, ShoalError, code_of, first_line
 from shoal.conf.run import RunConfig
 from shoal.jobs import limits
 from shoal.jobs.bookkeeping import Bookkeeper, drop_work, new_run_id
@@ -168,7 +168,7 @@ class _Run:
         if not mend_staging(self.spark, self.ref, error):
             return None
         return RunError(
-            f"a file of staging could not be read ({str(error).strip().splitlines()[0][:300]}); nothing was published. "
+            f"a file of staging could not be read ({first_line(error)[:300]}); nothing was published. "
             "What cannot be read has been dropped and is encoded again: run it again",
             code="STAGING_DAMAGED",
         )
@@ -344,7 +344,7 @@ class _Run:
                     self.spark, self.files, published, check=self.lease.check, say=hooks.say, step=hooks.step
                 )
             except (ShoalError, PySparkException, Py4JJavaError) as error:
-                told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                told = first_line(error)
                 self._warn(f"maintenance failed, `shoal optimize` and `shoal vacuum` make good for it: {told}")
 
     def _publish(self, published: Published | None, work: EncoderWork, rows: RowPlan, content: DataFrame) -> None:

@@ -20,7 +20,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from shoal.conf.errors import ConfigError, DestinationError, RunError
+from shoal.conf.errors import ConfigError, DestinationError, RunError, first_line
 from shoal.jobs.filesystem import FileSystem, absolute, full_disk, join, local_path
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import table_named
@@ -52,7 +52,9 @@ def export(spark: SparkSession, table: str, kind: str, out: str) -> dict[str, An
     if FileSystem(spark, out).is_occupied(out):
         raise DestinationError(f"--out '{out}': something is there already, and it is left as it is; name a new folder")
     everything = published.rows(spark)
-    counts = everything.agg(F.count(F.lit(1)).alias("rows"), F.count("embedding").alias("vectors")).collect()[0]
+    # A constraint keeps one of error and embedding NULL, and the former is much the smaller column to read.
+    counts = everything.agg(F.count(F.lit(1)).alias("rows"), F.count("error").alias("errors")).collect()[0]
+    num_vectors = counts["rows"] - counts["errors"]
     about = {
         "table": str(published.ref),
         "version": published.version,
@@ -63,15 +65,14 @@ def export(spark: SparkSession, table: str, kind: str, out: str) -> dict[str, An
     try:
         with with_settings(spark, PLAIN_TIMES):
             written = write(_wanted(everything, published), out, about)
-        if written != counts["vectors"]:
+        if written != num_vectors:
             raise RunError(
-                f"--out '{out}' has {written} of {counts['vectors']} chunks: the executors write to disks of their "
+                f"--out '{out}' has {written} of {num_vectors} chunks: the executors write to disks of their "
                 "own, or another export writes there too; name a folder that all share and nobody else uses"
             )
     except (PySparkException, Py4JJavaError) as error:
         raise full_disk(error) or RunError(
-            f"--out '{out}' could not be written: {str(error).strip().splitlines()[0]}; remove what is there, and run "
-            "it again"
+            f"--out '{out}' could not be written: {first_line(error)}; remove what is there, and run it again"
         ) from error
     return {
         "status": "written",
@@ -79,7 +80,7 @@ def export(spark: SparkSession, table: str, kind: str, out: str) -> dict[str, An
         "out": out,
         **about,
         "rows": written,
-        "without_vector": counts["rows"] - counts["vectors"],
+        "without_vector": counts["errors"],
         "bytes_written": FileSystem(spark, out).size(out),
         "seconds": round(time.monotonic() - began, 3),
     }

@@ -41,8 +41,8 @@ class Have:
         return reduce(DataFrame.unionByName, sources) if sources else None
 
     def columns(self, needed: DataFrame, *names: str) -> DataFrame:
-        """These columns of every vector that is needed (content_hash, distinct), doubles included, lowest "
-        "`rank` best.
+        """These columns of every vector that is needed (content_hash, distinct), doubles included, lowest
+        `rank` best.
         """
         parts = []
         if self.staged is not None:

@@ -12,7 +12,7 @@ from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from shoal.conf.errors import ConfigError, DestinationError, RunError
+from shoal.conf.errors import ConfigError, DestinationError, RunError, first_line
 from shoal.jobs.filesystem import absolute
 from shoal.jobs.hashing import quoted
 from shoal.jobs.knn import Side, join_self, join_sides
@@ -33,7 +33,6 @@ class _Input:
     """One side at the version that was read, with its counts."""
 
     published: Published
-    location: str
     rows: DataFrame
     num_rows: int
     num_vectors: int
@@ -72,7 +71,7 @@ def join(
     one = _input(spark, left)
     other = _input(spark, right, one)
     _require_one_encoder(one.published, other.published)
-    is_self = one.location == other.location
+    is_self = one.published.location == other.published.location
     dim = int(one.published.encoder["identity"]["dim"])
     say(f"joining {one.num_vectors:,} vectors with {'themselves' if is_self else f'{other.num_vectors:,}'}")
     made_from = {
@@ -92,7 +91,7 @@ def join(
         )
         written = _write(spark, target, pairs, made_from, is_there=is_there)
     except AnalysisException as error:
-        raise DestinationError(f"--out '{out}' cannot be written: {str(error).strip().splitlines()[0]}") from error
+        raise DestinationError(f"--out '{out}' cannot be written: {first_line(error)}") from error
     except (PySparkException, Py4JJavaError) as error:
         raise worker_error(error) from error
     scored = one.num_vectors * (one.num_vectors - 1) // 2 if is_self else one.num_vectors * other.num_vectors
@@ -136,14 +135,13 @@ def _options(k: int | None, threshold: float | None) -> JoinOptions:
 
 def _input(spark: SparkSession, table: str, known: _Input | None = None) -> _Input:
     """The table at its present version; `known` when it is the same table: then both are one version."""
-    ref = table_named(spark, table)
-    published = read_settled(spark, ref)
-    location = spark.sql(f"DESCRIBE DETAIL {ref.sql}").collect()[0]["location"]
-    if known is not None and known.location == location:
+    published = read_settled(spark, table_named(spark, table))
+    if known is not None and known.published.location == published.location:
         return known
     rows = published.rows(spark)
-    counts = rows.agg(F.count(F.lit(1)).alias("rows"), F.count("embedding").alias("vectors")).collect()[0]
-    return _Input(published, location, rows, counts["rows"], counts["vectors"])
+    # A constraint keeps one of error and embedding NULL, and the former is much the smaller column to read.
+    counts = rows.agg(F.count(F.lit(1)).alias("rows"), F.count("error").alias("errors")).collect()[0]
+    return _Input(published, rows, counts["rows"], counts["rows"] - counts["errors"])
 
 
 def _require_one_encoder(left: Published, right: Published) -> None:

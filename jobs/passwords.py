@@ -15,7 +15,7 @@ from typing import Any
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import ConfigError, RunError
+from shoal.conf.errors import ConfigError, RunError, first_line
 
 ITERATIONS = 600_000
 MIN_LENGTH = 12
@@ -135,7 +135,7 @@ def authenticate_by(spark: SparkSession, users: Path, classes: Path) -> None:
             target.write_bytes(bytes(code))
     except (Py4JJavaError, OSError) as error:
         raise RunError(
-            f"--users: the class that checks passwords was not made ({str(error).strip().splitlines()[0]}); let LDAP "
+            f"--users: the class that checks passwords was not made ({first_line(error)}); let LDAP "
             "check them, by spark.hadoop.hive.server2.authentication",
             code="SERVER_FAILED",
         ) from error

@@ -11,7 +11,7 @@ from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from shoal.conf.errors import DestinationError
+from shoal.conf.errors import DestinationError, first_line
 from shoal.jobs.filesystem import FileSystem
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import TableRef
@@ -68,6 +68,8 @@ class Published:
     version: int
     properties: Mapping[str, str]
     description: str | None
+    location: str
+    """Folder of the table, with its scheme, whatever it was named by."""
     head: Commit
     ours: Commit | None
     """The newest commit of ours, at or below the head."""
@@ -182,7 +184,7 @@ def read_published(spark: SparkSession, ref: TableRef) -> Published | None:
         detail = spark.sql(f"DESCRIBE DETAIL {ref.sql}").collect()[0]
     except (AnalysisException, Py4JJavaError) as error:
         raise DestinationError(
-            f"destination '{ref}' cannot be read as a Delta table: {str(error).strip().splitlines()[0]}",
+            f"destination '{ref}' cannot be read as a Delta table: {first_line(error)}",
             code="TABLE_UNREADABLE",
         ) from error
     properties = dict(detail["properties"] or {})
@@ -207,7 +209,9 @@ def read_published(spark: SparkSession, ref: TableRef) -> Published | None:
             ours = commit
             break
     foreign = tuple(c for c in since if c.state is None and c.operation not in WITHOUT_DATA_CHANGE)
-    return Published(ref, since[0].version, properties, detail["description"], since[0], ours, foreign)
+    return Published(
+        ref, since[0].version, properties, detail["description"], detail["location"], since[0], ours, foreign
+    )
 
 
 def read_settled(spark: SparkSession, ref: TableRef) -> Published:

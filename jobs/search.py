@@ -6,7 +6,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import Row, SparkSession
 from pyspark.sql import functions as F
 
-from shoal.conf.errors import ConfigError
+from shoal.conf.errors import ConfigError, first_line
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import table_named
 from shoal.jobs.nearest import SCORE, encode_queries, nearest
@@ -35,7 +35,7 @@ def search(
     try:
         candidates = rows.where(where) if where else rows
     except PySparkException as error:
-        raise ConfigError(f"--where '{where}': {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"--where '{where}': {first_line(error)}") from error
     by = [*published.keys, "chunk_index"]
     found = nearest(candidates, by, queries_QD, k)
     texts_of = _texts(spark, published, [row for hits in found for row in hits], by)

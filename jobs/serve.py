@@ -11,7 +11,7 @@ from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import RunError
+from shoal.conf.errors import RunError, first_line
 from shoal.jobs.sql_functions import EMBED, Functions, names_of
 from shoal.jobs.thrift import Endpoint, require_authentication, thrift_server
 
@@ -77,12 +77,12 @@ def _follow(spark: SparkSession, functions: Functions, stop: threading.Event, sa
             if rarely:
                 _keep_warm(spark, functions, say)
         except (PySparkException, Py4JJavaError) as error:
-            say(f"the tables could not be looked at, and will be again: {_first_line(error)}")
+            say(f"the tables could not be looked at, and will be again: {first_line(error)}")
         except (Py4JError, ConnectionError) as error:
             if stop.wait(FOLLOW_S):  # the signal went to the JVM too
                 return
             raise RunError(
-                f"Spark is gone ({_first_line(error)}); start the server again, its log may say why",
+                f"Spark is gone ({first_line(error)}); start the server again, its log may say why",
                 code="SERVER_FAILED",
             ) from error
 
@@ -95,7 +95,7 @@ def _keep_warm(spark: SparkSession, functions: Functions, say: Callable[[str], N
         try:
             spark.sql(f"SELECT {EMBED}('{table.encoder_key}', 'warm')").collect()
         except (PySparkException, Py4JJavaError) as error:
-            say(f"table '{table.name}' cannot be searched by text: {_first_line(error)}")
+            say(f"table '{table.name}' cannot be searched by text: {first_line(error)}")
 
 
 @contextlib.contextmanager
@@ -122,7 +122,3 @@ def _stopping(spark: SparkSession) -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

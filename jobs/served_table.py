@@ -27,7 +27,7 @@ class Column:
 
 @dataclass(frozen=True)
 class ServedTable:
-    """What the functions of one table are made from; all of it belongs to `version`, None for whichever is newest.
+    """What the functions of one table are made from; all of it belongs to `version`.
 
     encoder: None where it cannot be had, and `problem` says why, beginning with the error's code in brackets.
     """
@@ -35,7 +35,7 @@ class ServedTable:
     name: str
     ref: TableRef
     location: str
-    version: int | None
+    version: int
     stamp: FileStamp | None
     keys: tuple[Column, ...]
     metadata: tuple[Column, ...]
@@ -50,8 +50,6 @@ class ServedTable:
 
         By its folder where the session's own catalog has it: a name may mean another folder later on.
         """
-        if self.version is None:
-            return self.ref.sql
         is_of_session = self.ref.name is None or self.ref.name.startswith("spark_catalog.")
         return f"{f'delta.{quoted(self.location)}' if is_of_session else self.ref.sql} VERSION AS OF {self.version}"
 
@@ -75,13 +73,12 @@ def read_served(spark: SparkSession, name: str, table: str) -> ServedTable:
     fields = published.rows(spark)._jdf.schema().fields()
     types = {field.name(): field.dataType().sql() for field in fields}
     encoder, problem = _encoder(published)
-    location = _location(spark, ref)
     return ServedTable(
         name=name,
         ref=ref,
-        location=location,
+        location=published.location,
         version=published.version,
-        stamp=FileSystem(spark, location).stamp(_log_file(location, published.version)),
+        stamp=FileSystem(spark, published.location).stamp(_log_file(published.location, published.version)),
         keys=tuple(Column(key, types[key]) for key in published.keys),
         metadata=tuple(Column(column, types[column]) for column in published.metadata),
         has_text="text" in types,
@@ -94,7 +91,6 @@ def read_served(spark: SparkSession, name: str, table: str) -> ServedTable:
 def has_moved(spark: SparkSession, served: ServedTable) -> bool:
     """Whether the table has a newer version, or its folder is another table's by now: two look-ups in its log."""
     files = FileSystem(spark, served.location)
-    assert served.version is not None  # noqa: S101 - only functions of a catalog are of no version
     return (
         files.exists(_log_file(served.location, served.version + 1))
         or files.stamp(_log_file(served.location, served.version)) != served.stamp
@@ -103,7 +99,9 @@ def has_moved(spark: SparkSession, served: ServedTable) -> bool:
 
 def has_been_moved(spark: SparkSession, served: ServedTable) -> bool:
     """Whether the table's name means another folder by now, or none: a query of the catalog."""
-    return served.ref.name is not None and _location(spark, served.ref) != served.location
+    if served.ref.name is None:
+        return False
+    return bool(spark.sql(f"DESCRIBE DETAIL {served.ref.sql}").collect()[0]["location"] != served.location)
 
 
 def _encoder(published: Published) -> tuple[QueryEncoder | None, str | None]:
@@ -113,11 +111,6 @@ def _encoder(published: Published) -> tuple[QueryEncoder | None, str | None]:
         return None, f"[{error.code}] {error}"
     except (OSError, ValueError) as error:  # files that cannot be read now, settings of a Shoal to come
         return None, f"[MODEL_UNUSABLE] the table's encoder cannot be loaded: {error}"
-
-
-def _location(spark: SparkSession, ref: TableRef) -> str:
-    location: str = spark.sql(f"DESCRIBE DETAIL {ref.sql}").collect()[0]["location"]
-    return location
 
 
 def _log_file(location: str, version: int) -> str:

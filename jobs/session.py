@@ -14,7 +14,7 @@ from pyspark import SparkConf, SparkContext
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import ConfigError, RunError
+from shoal.conf.errors import ConfigError, RunError, first_line
 from shoal.conf.run import SparkConfig
 
 DELTA_EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
@@ -89,7 +89,7 @@ def open_spark(settings: SparkConfig, *, app_name: str, log_file: Path | None = 
     except Exception as error:
         where = log_file or default_log_file()
         raise RunError(
-            f"spark.master '{conf.get('spark.master')}': Spark did not start ({_first_line(error)}); "
+            f"spark.master '{conf.get('spark.master')}': Spark did not start ({first_line(error)}); "
             f"Java 17 has to be on PATH or in JAVA_HOME. Spark's own log: {where}",
             code="SPARK_UNAVAILABLE",
         ) from error
@@ -168,8 +168,3 @@ def _require_delta(spark: SparkSession) -> None:
             f"spark.sql.extensions of the running session is '{found}'; Shoal needs {DELTA_EXTENSION} in it and "
             f"spark.sql.catalog.spark_catalog={DELTA_CATALOG}"
         )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

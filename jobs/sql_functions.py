@@ -14,7 +14,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import ConfigError, ShoalError, code_of
+from shoal.conf.errors import ConfigError, ShoalError, code_of, first_line
 from shoal.jobs.hashing import quoted
 from shoal.jobs.served_table import Column, ServedTable, has_been_moved, has_moved, read_served
 from shoal.udfs.query_udf import QueryEncoder, query_udf
@@ -63,7 +63,7 @@ class Functions:
                 # By its full name: what the one that was given means depends on the schema that a client is in.
                 self._serve(read_served(self.spark, name, str(served.ref)))
             except (ShoalError, PySparkException, Py4JJavaError) as error:
-                told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                told = first_line(error)
                 self.say(f"table '{name}' still answers from version {served.version}: [{code_of(error)}] {told}")
                 continue
             moved.append(name)
@@ -140,7 +140,10 @@ def statements(served: ServedTable) -> list[str]:
 
 
 def permanent_statements(served: ServedTable, schema: str) -> dict[str, str]:
-    """Name -> statement of the functions that a catalog can keep: those without a text to encode."""
+    """Name -> statement of the functions that a catalog can keep: those without a text to encode.
+
+    They read the newest version of the table, whichever that is.
+    """
     sql = _Sql(served, schema)
     made = {"search_vector": sql.search_vector(), "similar": sql.similar()}
     return {f"{schema}.{served.name}_{suffix}": statement for suffix, statement in made.items()}
@@ -154,6 +157,7 @@ class _Sql:
     def __init__(self, served: ServedTable, schema: str | None = None) -> None:
         self.served = served
         self.schema = schema
+        self.relation = served.relation if schema is None else served.ref.sql
         taken = {column.name.lower() for column in [*served.keys, *served.metadata]}
         self.score = next((name for name in SCORE_NAMES if name not in taken), "__score")
         self.columns = [*served.keys, Column("chunk_index", "INT"), Column("text", "STRING"), *served.metadata]
@@ -219,7 +223,7 @@ class _Sql:
         missing = " OR ".join(f"{value} IS NULL" for value in given)
         told = ", ', ', ".join(f"CAST({value} AS STRING)" for value in given)
         row = (
-            f"r AS (SELECT collect_list(t.`embedding`) AS `__es` FROM {self.served.relation} t "
+            f"r AS (SELECT collect_list(t.`embedding`) AS `__es` FROM {self.relation} t "
             f"WHERE t.`embedding` IS NOT NULL AND {same})"
         )
         vectors = (
@@ -235,7 +239,7 @@ class _Sql:
     def _scored(self, score: str = "vector_inner_product(t.`embedding`, v.`__e`)", where: str = "true") -> str:
         """Every row with a vector and its score, computed from the one row of `v`."""
         return (
-            f"SELECT {self.carried}, {score} AS `__score` FROM {self.served.relation} t CROSS JOIN v "
+            f"SELECT {self.carried}, {score} AS `__score` FROM {self.relation} t CROSS JOIN v "
             f"WHERE t.`embedding` IS NOT NULL AND v.`__ok` AND {where}"
         )
 

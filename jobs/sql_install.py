@@ -1,14 +1,13 @@
 """`shoal sql install`: those search functions that SQL can keep by itself, in a schema of a catalog."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import DestinationError
+from shoal.conf.errors import DestinationError, first_line
 from shoal.jobs.hashing import quoted
 from shoal.jobs.served_table import read_served
 from shoal.jobs.sql_functions import permanent_statements, tables_of
@@ -26,7 +25,7 @@ def sql_install(spark: SparkSession, arguments: Sequence[str], schema: str, *, d
     missing: list[str] = []
     for name, table in tables_of(arguments).items():
         served = read_served(spark, name, table)
-        made |= permanent_statements(replace(served, version=None), schema)
+        made |= permanent_statements(served, schema)
         missing += [f"{name}_{suffix}" for suffix in BY_TEXT]
     if not dry_run:
         for statement in made.values():
@@ -34,7 +33,7 @@ def sql_install(spark: SparkSession, arguments: Sequence[str], schema: str, *, d
                 spark.sql(statement)
             except (PySparkException, Py4JJavaError) as error:
                 raise DestinationError(
-                    f"--schema '{schema}': {str(error).strip().splitlines()[0]}; create the schema (CREATE SCHEMA "
+                    f"--schema '{schema}': {first_line(error)}; create the schema (CREATE SCHEMA "
                     f"{quoted(schema)}), or have its owner run what --dry-run prints"
                 ) from error
     return {

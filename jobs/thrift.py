@@ -16,7 +16,7 @@ from typing import Any
 from py4j.protocol import Py4JError
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import ConfigError, RunError
+from shoal.conf.errors import ConfigError, RunError, first_line
 from shoal.conf.run import SparkConfig
 from shoal.jobs.passwords import authenticate_by, require_users
 from shoal.jobs.session import delta_jars
@@ -198,7 +198,7 @@ def thrift_server(spark: SparkSession, endpoint: Endpoint) -> Iterator[None]:
         except (Py4JError, OSError) as error:
             raise RunError(
                 f"the SQL server did not start at {endpoint.host}:{endpoint.port} "
-                f"({str(error).strip().splitlines()[0]}); Spark's own log says why",
+                f"({first_line(error)}); Spark's own log says why",
                 code="SERVER_FAILED",
             ) from error
         yield

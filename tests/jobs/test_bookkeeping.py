@@ -64,7 +64,7 @@ def dead(spark: SparkSession, ref: TableRef, found: dict[str, Any]) -> Published
     rows.save(ref.path)
     head = next(commits(spark, ref))
     assert head.state == State(found["run_id"], 1, found)
-    return Published(ref, head.version, {}, None, head, head, ())
+    return Published(ref, head.version, {}, None, ref.path or "", head, head, ())
 
 
 def sent_to(tracking: TrackingConfig) -> list[str]:

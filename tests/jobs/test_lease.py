@@ -43,10 +43,19 @@ def body(run_id: str, **fields: Any) -> str:
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     """A live process of this machine that can be made a holder."""
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    # It lives for as long as its input is open, and so never longer than these tests.
+    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     yield process
     process.kill()
-    process.wait()
+    process.communicate()
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    """Looks again and again; fails after half a minute."""
+    until = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < until, "it has not happened"
+        time.sleep(BEAT / 10)
 
 
 def test_the_heartbeat_counts_up_while_the_lease_is_held_and_the_file_goes_with_it(
@@ -54,14 +63,13 @@ def test_the_heartbeat_counts_up_while_the_lease_is_held_and_the_file_goes_with_
 ) -> None:
     with held(files, path, "one", heartbeat_seconds=BEAT) as lease:
         first = holder(files, path)
-        time.sleep(5 * BEAT)
+        assert first is not None
+        wait_until(lambda: (holder(files, path) or first)["heartbeat"] >= first["heartbeat"] + 2)
         later = holder(files, path)
         lease.check()
 
-    assert first is not None
     assert later is not None
-    assert (first["run_id"], first["pid"]) == ("one", os.getpid())
-    assert later["heartbeat"] > first["heartbeat"]
+    assert (first["run_id"], first["pid"]) == (later["run_id"], later["pid"]) == ("one", os.getpid())
     assert holder(files, path) is None
 
 
@@ -243,7 +251,7 @@ def test_a_run_whose_lease_is_another_s_or_gone_is_stopped_at_its_next_check(
             lease.check()
 
         # Its heartbeat must not bring the lease back, and its end must not take another run's away.
-        time.sleep(4 * BEAT)
+        wait_until(lambda: not lease._thread.is_alive())
         with pytest.raises(LeaseLostError, match="took the table over"):
             lease.check()
     assert (holder(files, path) or {}).get("run_id") == (None if who == "unknown" else who)
