@@ -4,7 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PrivateAttr, StrictBool, StrictFloat, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, StrictBool, StrictFloat, StrictInt, model_validator
 
 from shoal.conf.redact import MASK, masked_address, scrub
 from shoal.conf.section import (
@@ -282,6 +282,24 @@ class BudgetConfig(Section):
     )
 
 
+MAX_CELLS = 8192
+"""Centroids, and the sample that they are trained on, have to fit the driver's memory."""
+
+
+class IndexConfig(Section):
+    """Cells of like vectors that a search in SQL looks in, instead of the whole table."""
+
+    recall: Annotated[StrictFloat, Field(gt=0, le=1)] = Field(
+        default=0.95, description="Share of the true neighbours that a search is to find, by measurement at the build."
+    )
+    cells: Annotated[StrictInt, Field(ge=2, le=MAX_CELLS)] | None = Field(
+        default=None, description="Number of cells; unset: by the size of the table."
+    )
+    min_chunks: NaturalInt = Field(
+        default=100_000, description="Chunks from which on a run builds it: smaller tables are quick to search exactly."
+    )
+
+
 class MigrationConfig(Section):
     """How the vectors of `next_encoder` come to be while the table goes on serving those of `encoder`."""
 
@@ -334,10 +352,13 @@ class RunConfig(Section):
     )
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Where runs are recorded.")
     encode: EncodeConfig = Field(default_factory=EncodeConfig, description="Speed and price of the encode phase.")
+    index: IndexConfig | None = Field(
+        default=None, description="Index of the table for search in SQL; without it a search reads all vectors."
+    )
     maintenance: Literal["manual", "auto"] = Field(
         default="manual",
-        description="auto: a run also compacts the table and vacuums what `destination.retain` has passed, when due. "
-        "manual: `shoal status` says when `shoal optimize` and `shoal vacuum` are due.",
+        description="auto: a run also builds the index, compacts the table and vacuums what `destination.retain` has "
+        "passed, when due. manual: `shoal status` says when `shoal index`, `optimize` and `vacuum` are due.",
     )
     on_success: HookConfig | None = Field(
         default=None, description="Whom to tell of a run that published, or found nothing to do."

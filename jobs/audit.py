@@ -21,6 +21,7 @@ from pyspark.sql import functions as F
 from shoal.conf.errors import CODES, ConfigError, DestinationError, ShoalError
 from shoal.conf.fingerprint import digest
 from shoal.jobs.canary_store import load_probe
+from shoal.jobs.cells import CELL, FRESH, read_build
 from shoal.jobs.hashing import HASH_BYTES, columns_hash, content_hash, quoted
 from shoal.jobs.layout import TableRef, read_delta, table_named
 from shoal.jobs.prepare import encoder_of, worker_error
@@ -174,6 +175,7 @@ class _Auditing:
                     self._foreign(is_known=True)
                     self._rows(rows)
                     self._chunks(rows)
+                    self._index(rows)
                     self._vectors(rows)
             except (PySparkException, Py4JJavaError) as error:
                 self._damaged_file(error)
@@ -276,6 +278,22 @@ class _Auditing:
         for code, name, check in (("CHUNKS_DOUBLED", "doubled", doubled), ("CHUNKS_MISSING", "gap", gap)):
             if counts[name]:
                 self._find(code, counts[name], self._shown(per_row.where(check), keys), self.repair)
+
+    def _index(self, rows: DataFrame) -> None:
+        """Whether the centroids are there, and every row with a vector is where a search would look for it."""
+        made = self.published.index
+        if made is None:
+            return
+        repair = f"`shoal index {self.ref}` builds it anew"
+        centroids_CD = read_build(self.spark, self.ref, made.build)
+        if centroids_CD is None or len(centroids_CD) != made.cells:
+            self._find("INDEX_DAMAGED", 1, [f"no centroids of build {made.build}"], repair)
+            return
+        is_placed = F.col(CELL).between(0, made.cells - 1) | (F.col(CELL) == FRESH)
+        lost = rows.where(F.col("embedding").isNotNull() & ~F.coalesce(is_placed, F.lit(False)))
+        if count := lost.count():
+            by = [*self.published.keys, "chunk_index"]
+            self._find("INDEX_DAMAGED", count, self._shown(lost, by), repair)
 
     def _shown(self, rows: DataFrame, by: list[str]) -> list[dict[str, Any]]:
         found = rows.select(*[quoted(name) for name in by]).limit(EXAMPLES).collect()
@@ -403,7 +421,8 @@ def broken_properties(spark: SparkSession, published: Published) -> Iterator[str
         named = [*published.keys, *published.metadata]
         assert published.table_id  # noqa: S101 - reading it is the check
         dim = int(identity["dim"])
-    except (KeyError, TypeError, ValueError) as error:
+        cell = (CELL,) if published.index else ()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         yield f"a property of Shoal's is missing or cannot be read ({type(error).__name__}: {error})"
         return
     if digest(identity)[:32] != fingerprint:
@@ -411,7 +430,7 @@ def broken_properties(spark: SparkSession, published: Published) -> Iterator[str
     if dim < 1:
         yield f"shoal.encoder has the dimension {dim}"
     there = set(published.rows(spark).columns)
-    if gone := sorted({*named, *FIXED_COLUMNS} - there):
+    if gone := sorted({*named, *FIXED_COLUMNS, *cell} - there):
         yield f"columns are missing: {', '.join(gone)}"
 
 

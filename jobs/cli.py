@@ -102,6 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
     restore.add_argument("--to", type=int, metavar="VERSION", help="a version that `shoal history` lists")
     restore.add_argument("--run", metavar="RUN", help="what this run published")
     restore.add_argument("--before", metavar="TIME", help="the newest publication before it, e.g. 2026-01-31T06:00:00Z")
+    about = "put a table's rows into cells, so that a search in SQL reads few of them"
+    index = _add(verbs, "index", about, _index, table=True)
+    index.add_argument("--cells", type=int, metavar="N", help="number of cells (default: by the size of the table)")
+    index.add_argument("--recall", type=float, default=0.95, metavar="R", help="true neighbours to find (default 0.95)")
+    index.add_argument("--report", action="store_true", help="build nothing; measure recall, files and time by probes")
+    index.add_argument("--plot", type=Path, metavar="FILE", help="with --report: draw it too (.png, .svg)")
     optimize = _add(verbs, "optimize", "make few large files of a table's many small ones", _optimize, table=True)
     vacuum = _add(verbs, "vacuum", "remove what dead runs left and no version needs", _vacuum, table=True)
     for parser_of in (optimize, vacuum):
@@ -120,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
         "build a corpus from the standard library's docstrings, embed it, ask three questions",
         _quickstart,
     )
-    bench = verbs.add_parser("bench", help="measure: encoding, nights, scale, joins").add_subparsers(
+    bench = verbs.add_parser("bench", help="measure: encoding, nights, scale, joins, search").add_subparsers(
         metavar="WHAT", required=True
     )
     encode = _add(
@@ -141,6 +147,11 @@ def build_parser() -> argparse.ArgumentParser:
     joins.add_argument("--left", type=int, default=100, help="rows of the left side (default 100)")
     joins.add_argument("--right", type=int, default=40_000, help="rows of the right side (default 40000)")
     joins.add_argument("--dim", type=int, default=384, help="numbers of a vector (default 384)")
+    about = "seconds and recall of a search over JDBC: exact, by the index, filtered, after nights"
+    found = _add(bench, "search", about, _bench_search)
+    found.add_argument("--rows", type=int, default=100_000, help="rows of the table (default 100000)")
+    found.add_argument("--dim", type=int, default=384, help="numbers of a vector (default 384)")
+    found.add_argument("--nights", type=int, default=0, help="nights of 1 %% change, then again (default 0)")
     embed = verbs.choices["embed"]
     embed.add_argument("--limit", type=int, metavar="N", help="try the run on N rows, into a scratch table")
     for verb in ("embed", "plan"):
@@ -443,6 +454,23 @@ def _restore(args: argparse.Namespace) -> int:
     return 0
 
 
+def _index(args: argparse.Namespace) -> int:
+    if args.plot is not None and not args.report:
+        raise ConfigError("--plot draws what --report measures; give both")
+    with _spark(SparkConfig(), "shoal index") as spark:
+        if args.report:
+            from shoal.jobs import index_report as report
+
+            found = report.index_report(spark, args.table, plot=args.plot, say=_say)
+            _print(args, found, report.lines(found))
+            return 0
+        from shoal.jobs import index as verb
+
+        record = verb.index(spark, args.table, cells=args.cells, recall=args.recall, say=_say)
+        _print(args, record, verb.lines(record))
+    return 0
+
+
 def _optimize(args: argparse.Namespace) -> int:
     with _spark(SparkConfig(), "shoal optimize") as spark:
         from shoal.jobs import optimize as verb
@@ -515,6 +543,14 @@ def _bench_join(args: argparse.Namespace) -> int:
     from shoal.jobs import bench_join as verb
 
     found = verb.bench_join(args.left, args.right, args.dim, say=_say)
+    _print(args, found, verb.lines(found))
+    return 0
+
+
+def _bench_search(args: argparse.Namespace) -> int:
+    from shoal.jobs import bench_search as verb
+
+    found = verb.bench_search(args.rows, args.dim, args.nights, say=_say)
     _print(args, found, verb.lines(found))
     return 0
 

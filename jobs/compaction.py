@@ -43,9 +43,7 @@ class TableSize:
 
 def size_of(spark: SparkSession, sql: str, small_bytes: int = SMALL_BYTES) -> TableSize:
     """Reads the log alone, on executors: what comes back is one row of sums."""
-    spark.sql(f"DESCRIBE DETAIL {sql}").collect()  # Delta then knows of commits by other drivers
-    snapshot: Any = DeltaTable.forName(spark, sql)._jdt.deltaLog().unsafeVolatileSnapshot()
-    files = DataFrame(snapshot.allFiles().toDF(), spark)
+    files = live_files(spark, sql)
     rows = F.get_json_object("stats", "$.numRecords").cast("bigint")
     deleted = F.col("deletionVector.cardinality")
     is_small = F.col("size") < small_bytes
@@ -58,6 +56,13 @@ def size_of(spark: SparkSession, sql: str, small_bytes: int = SMALL_BYTES) -> Ta
         F.sum(deleted).alias("deleted_rows"),
     ).collect()[0]
     return TableSize(**{name: int(value or 0) for name, value in sums.asDict().items()})
+
+
+def live_files(spark: SparkSession, sql: str) -> DataFrame:
+    """The data files of the newest version as the log has them: path, partitionValues, size, stats, deletionVector."""
+    spark.sql(f"DESCRIBE DETAIL {sql}").collect()  # Delta then knows of commits by other drivers
+    snapshot: Any = DeltaTable.forName(spark, sql)._jdt.deltaLog().unsafeVolatileSnapshot()
+    return DataFrame(snapshot.allFiles().toDF(), spark)
 
 
 def compact(spark: SparkSession, sql: str, small_bytes: int = SMALL_BYTES) -> None:

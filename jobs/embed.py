@@ -25,10 +25,12 @@ from shoal.jobs.filesystem import FileSystem, join
 from shoal.jobs.gate import check_gate
 from shoal.jobs.have import Have
 from shoal.jobs.hooks import Hooks, masked
+from shoal.jobs.indexing import VERB as INDEX_VERB
 from shoal.jobs.layout import SIDECAR_SUFFIX, TableRef, table_of
 from shoal.jobs.lease import Lease, held
 from shoal.jobs.maintenance import maintain
 from shoal.jobs.migration import FAILED, MOVE_IT, Migration, document_of, failure, next_run_id, settled_document
+from shoal.jobs.operation import Operation
 from shoal.jobs.planner import ChunkPlan, RowPlan
 from shoal.jobs.prepare import (
     Encoders,
@@ -335,14 +337,21 @@ class _Run:
         """Compacts and vacuums what is due; should that fail, what has been published stands."""
         if self.config.maintenance != "auto" or self.limit is not None:
             return
-        hooks = self.hooks
-        with self.report.phase("maintain"):
+        report, hooks = self.report, self.hooks
+        with report.phase("maintain"):
             try:
                 published = read_published(self.spark, self.ref)
                 assert published is not None  # noqa: S101 - it has just been published
-                self.report.maintenance = maintain(
-                    self.spark, self.files, published, check=self.lease.check, say=hooks.say, step=hooks.step
-                )
+                operation = Operation(
+                    self.spark, INDEX_VERB, f"{report.run_id}-{INDEX_VERB}", published,
+                    self.files, self.books, self.lease, hooks.say, hooks.step,
+                )  # fmt: skip
+                report.maintenance = done = maintain(operation, index=self.config.index)
+                if report.status == "unchanged" and (done["index"] or done["optimize"]):
+                    # What this run saw of the source belongs to the newest generation.
+                    head = read_published(self.spark, self.ref)
+                    assert head is not None  # noqa: S101 - maintenance takes no table away
+                    report.version, report.generation = head.version, head.generation
             except (ShoalError, PySparkException, Py4JJavaError) as error:
                 told = first_line(error)
                 self._warn(f"maintenance failed, `shoal optimize` and `shoal vacuum` make good for it: {told}")

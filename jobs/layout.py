@@ -44,6 +44,10 @@ class TableRef:
         return join(self.sidecar, "canaries")
 
     @property
+    def cells(self) -> str:
+        return join(self.sidecar, "cells")
+
+    @property
     def lease(self) -> str:
         return join(self.sidecar, "lease.json")
 

@@ -1,11 +1,12 @@
-"""What is due on a table, and doing it: compaction, deletion vectors folded in, vacuum, the tables beside it.
+"""What is due on a table, and doing it: index, compaction, deletion vectors folded in, vacuum, the tables beside it.
 
 `shoal status` says what `due` finds; a run with `maintenance: auto` does it after it has published, under its lease.
 """
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,10 +14,14 @@ from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
+from shoal.conf.run import IndexConfig
 from shoal.jobs.bookkeeping import RUN
+from shoal.jobs.cells import FRESH, CellSize, Index, cell_sizes
 from shoal.jobs.compaction import MAX_DELETED_SHARE, SMALL_BYTES, TableSize, compact, size_of
 from shoal.jobs.filesystem import FileSystem
+from shoal.jobs.indexing import FOLDED, build, fold, has_drifted
 from shoal.jobs.layout import TableRef, read_delta
+from shoal.jobs.operation import Operation
 from shoal.jobs.published import Published
 from shoal.jobs.sweep import Part, stale_encoders, sweep, tables
 
@@ -33,6 +38,12 @@ class Thresholds:
     """Files of runs, staging or canaries: a run appends two to four, and each verb reads them all."""
     vacuum_every: timedelta = timedelta(days=7)
     """Listing a table's folder is what vacuum costs, and space is what waiting costs: a quarter of a month's nights."""
+    fresh_share: float = 0.5
+    """Fresh rows that every search looks through, as a share of those in the cells that it looks in anyway."""
+    growth: float = 4.0
+    """Rows since the build, in rows at the build: cells that have grown so much are too large."""
+    imbalance: float = 3.0
+    """The largest cell against the mean one, in what it was at the build."""
 
 
 DEFAULT = Thresholds()
@@ -40,8 +51,9 @@ DEFAULT = Thresholds()
 
 @dataclass(frozen=True)
 class Due:
-    """Why `shoal optimize` and `shoal vacuum` are worth running now; nothing is due where there is no reason."""
+    """Why `shoal index`, `optimize` and `vacuum` are worth running now; nothing is due where there is no reason."""
 
+    index: tuple[str, ...]
     optimize: tuple[str, ...]
     vacuum: tuple[str, ...]
     size: TableSize
@@ -49,6 +61,7 @@ class Due:
 
     def public(self) -> dict[str, Any]:
         return {
+            "index": list(self.index),
             "optimize": list(self.optimize),
             "vacuum": list(self.vacuum),
             "size": self.size.public(),
@@ -56,16 +69,84 @@ class Due:
         }
 
 
-def due(spark: SparkSession, published: Published, thresholds: Thresholds = DEFAULT) -> Due:
-    """Reads logs, the runs table and, where something is staged, the hashes of staging; writes nothing."""
-    size = size_of(spark, published.ref.sql, thresholds.small_bytes)
+def due(
+    spark: SparkSession, published: Published, thresholds: Thresholds = DEFAULT, *, index: IndexConfig | None = None
+) -> Due:
+    """Reads logs, the runs table and, where something is staged, the hashes of staging; writes nothing.
+
+    `index`: what the run file says of it.
+    """
+    limits = thresholds_of(spark, published, thresholds)
+    size = size_of(spark, published.ref.sql, limits.small_bytes)
     last, first = _vacuums(spark, published.ref)
+    cells = cell_sizes(spark, published.ref.sql) if published.index else {}
     return Due(
-        tuple(_why_optimize(spark, published.ref, size, thresholds)),
+        tuple(_why_index(spark, published, size, cells, index, limits)),
+        (*_why_fold(published.index, cells, limits), *_why_optimize(spark, published.ref, size, limits)),
         tuple(_why_vacuum(spark, published, last or first, thresholds, is_first=last is None)),
         size,
         last,
     )
+
+
+def thresholds_of(spark: SparkSession, published: Published, thresholds: Thresholds = DEFAULT) -> Thresholds:
+    """The same for a table in cells: a file per cell is as few as there can be, and small is what is less than half."""
+    made = published.index
+    if made is None:
+        return thresholds
+    num_bytes = size_of(spark, published.ref.sql).bytes
+    return replace(
+        thresholds,
+        small_bytes=min(thresholds.small_bytes, num_bytes // made.cells // 2),
+        small_files=thresholds.small_files + made.cells,
+    )
+
+
+def _why_index(
+    spark: SparkSession,
+    published: Published,
+    size: TableSize,
+    cells: dict[int | None, CellSize],
+    wanted: IndexConfig | None,
+    limits: Thresholds,
+) -> list[str]:
+    made, rows = published.index, size.rows - size.deleted_rows
+    if made is None:
+        asked = wanted is not None and rows >= wanted.min_chunks
+        return [f"the run file asks for an index, and {rows} chunks have none"] if asked else []
+    why = []
+    if rows > made.rows * limits.growth:
+        why.append(f"{rows} chunks, {made.rows} when the cells were made")
+    own = [size.rows for cell, size in cells.items() if cell is not None and cell != FRESH]
+    balance = max(own, default=0) * made.cells / max(1, sum(own))
+    if balance > made.balance * limits.imbalance:
+        why.append(f"the largest cell has {balance:.1f} times the mean ({made.balance:.1f} when the cells were made)")
+    fit = last_fit(spark, published)
+    if fit is not None and has_drifted(fit, made):
+        why.append(f"the rows folded in last are unlike the cells (mean cosine {fit:.3f}, {made.fit:.3f} at the build)")
+    return why
+
+
+def last_fit(spark: SparkSession, published: Published) -> float | None:
+    """Mean cosine, of the rows that were folded in last, with the centroids of their cells; None before any were."""
+    ref, made = published.ref, published.index
+    if made is None or not DeltaTable.isDeltaTable(spark, ref.runs):
+        return None
+    runs = read_delta(spark, ref.runs).where((F.col("kind") == RUN) & F.col("record").contains(f'"{FOLDED}"'))
+    of_build = runs.where(F.get_json_object("record", "$.fold.build") == made.build)
+    newest = of_build.orderBy(F.desc("written_at")).limit(1).collect()
+    found = json.loads(newest[0]["record"])["fold"]["fit"] if newest else None
+    return None if found is None else float(found)
+
+
+def _why_fold(made: Index | None, cells: dict[int | None, CellSize], limits: Thresholds) -> list[str]:
+    if made is None or FRESH not in cells:
+        return []
+    looked_in = min(made.probes.values()) / made.cells * sum(size.rows for size in cells.values())
+    rows = cells[FRESH].rows
+    if rows <= looked_in * limits.fresh_share:
+        return []
+    return [f"{rows} rows in the fresh cell (a search looks through {looked_in:.0f} others)"]
 
 
 def _why_optimize(spark: SparkSession, ref: TableRef, size: TableSize, limits: Thresholds) -> list[str]:
@@ -103,23 +184,28 @@ def _vacuums(spark: SparkSession, ref: TableRef) -> tuple[int | None, int | None
     return found[0], found[1]
 
 
-def optimize_tables(
-    spark: SparkSession,
-    ref: TableRef,
-    *,
-    check: Callable[[], None],
-    step: Callable[[str], None],
-    small_bytes: int = SMALL_BYTES,
-) -> dict[str, Any]:
-    """Compacts the published table and those beside it: `before` and `after` of each, and `at_ms`."""
+def optimize_tables(operation: Operation, *, thresholds: Thresholds = DEFAULT) -> dict[str, Any]:
+    """Folds the fresh cell in, and compacts the published table and those beside it.
+
+    `before` and `after` of each, `folded` rows, and `at_ms`.
+    """
+    spark, published = operation.spark, operation.published
+    limits = thresholds_of(spark, published, thresholds)
+    small = {"published": limits.small_bytes}
+    before = {
+        name: size_of(spark, sql, small.get(name, thresholds.small_bytes))
+        for name, sql in tables(spark, published.ref).items()
+    }
+    folded = fold(operation)
     found: dict[str, Any] = {}
-    for name, sql in tables(spark, ref).items():
-        check()
-        before = size_of(spark, sql, small_bytes)
+    for name, sql in tables(spark, published.ref).items():
+        operation.lease.check()
+        small_bytes = small.get(name, thresholds.small_bytes)
         compact(spark, sql, small_bytes)
-        found[name] = {"before": before.public(), "after": size_of(spark, sql, small_bytes).public()}
-        step(f"{name} optimized")
-    return {"at_ms": int(time.time() * 1000), "tables": found}
+        found[name] = {"before": before[name].public(), "after": size_of(spark, sql, small_bytes).public()}
+        operation.step(f"{name} optimized")
+    num_folded = folded["fold"]["rows"] if folded else 0
+    return {"at_ms": int(time.time() * 1000), "folded": num_folded, "tables": found}
 
 
 def vacuum_tables(
@@ -144,26 +230,24 @@ def swept(parts: list[Part]) -> dict[str, Any]:
 
 
 def maintain(
-    spark: SparkSession,
-    files: FileSystem,
-    published: Published,
-    *,
-    check: Callable[[], None],
-    say: Callable[[str], None],
-    step: Callable[[str], None],
-    thresholds: Thresholds = DEFAULT,
+    operation: Operation, *, index: IndexConfig | None = None, thresholds: Thresholds = DEFAULT
 ) -> dict[str, Any]:
-    """Does what is due under the caller's lease; `optimize` and `vacuum` of what it returns are None where not due."""
-    found = due(spark, published, thresholds)
-    done: dict[str, Any] = {"optimize": None, "vacuum": None}
-    if found.optimize:
-        say(f"maintenance: optimizing, {'; '.join(found.optimize)}")
-        done["optimize"] = optimize_tables(
-            spark, published.ref, check=check, step=step, small_bytes=thresholds.small_bytes
-        ) | {"reasons": list(found.optimize)}
+    """Does what is due under the caller's lease; what was not due is None in what it returns."""
+    found = due(operation.spark, operation.published, thresholds, index=index)
+    done: dict[str, Any] = {"index": None, "optimize": None, "vacuum": None}
+    if found.index:
+        operation.say(f"maintenance: indexing, {'; '.join(found.index)}")
+        wanted = index or IndexConfig()
+        made = build(operation, cells=wanted.cells, recall=wanted.recall)
+        done["index"] = {"version": made["version"], "reasons": list(found.index)}
+    elif found.optimize:
+        # After a build there is nothing to fold in or to compact.
+        operation.say(f"maintenance: optimizing, {'; '.join(found.optimize)}")
+        done["optimize"] = optimize_tables(operation, thresholds=thresholds) | {"reasons": list(found.optimize)}
     if found.vacuum:
-        say(f"maintenance: vacuuming, {'; '.join(found.vacuum)}")
-        done["vacuum"] = vacuum_tables(spark, files, published, check=check, step=step) | {
-            "reasons": list(found.vacuum)
-        }
+        operation.say(f"maintenance: vacuuming, {'; '.join(found.vacuum)}")
+        swept_up = vacuum_tables(
+            operation.spark, operation.files, operation.published, check=operation.lease.check, step=operation.step
+        )
+        done["vacuum"] = swept_up | {"reasons": list(found.vacuum)}
     return done

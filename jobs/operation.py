@@ -69,6 +69,8 @@ class Operation:
             "difference": None,
             "migration": None,
             "maintenance": None,
+            "index": None,
+            "fold": None,
             "progress": [],
             "warnings": [],
             "reason": None,
@@ -81,11 +83,21 @@ class Operation:
 
     def commit(self, statement: str, status: str, base: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
         """Runs one statement as our next commit, writes it down, and returns its record with the version."""
+
+        def write(target: Target, state: State) -> int:
+            return commit_sql(self.spark, target, state, statement)
+
+        return self.publish(write, status, base, **more)
+
+    def publish(
+        self, write: Callable[[Target, State], int], status: str, base: dict[str, Any] | None = None, **more: Any
+    ) -> dict[str, Any]:
+        """As `commit`, for a commit that `write` makes: it returns the version."""
         self.lease.check()
         generation = max(self.published.generation, self.books.last_generation()) + 1
         target = Target(self.ref, self.published, self.published.table_id, generation)
         record = self.record(status, base, **more) | {"generation": generation}
-        version = commit_sql(self.spark, target, State(self.run_id, generation, record), statement)
+        version = write(target, State(self.run_id, generation, record))
         self.step("committed")
         record["version"] = version
         self.write(record)

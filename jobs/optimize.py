@@ -1,12 +1,13 @@
 """`shoal optimize`: few large files instead of many small ones, and deleted rows out of the files they are in."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from pyspark.sql import SparkSession
 
 from shoal.jobs.compaction import SMALL_BYTES, size_of
-from shoal.jobs.maintenance import due, optimize_tables
+from shoal.jobs.maintenance import DEFAULT, due, optimize_tables
 from shoal.jobs.operation import operating, table_of_ours
 from shoal.jobs.sweep import tables
 
@@ -34,9 +35,7 @@ def optimize(
         reasons = list(due(spark, published).optimize)
         return {"table": str(published.ref), "status": DRY_RUN, "optimize": {"tables": found, "reasons": reasons}}
     with operating(spark, table, VERB, say=say, step=step) as operation:
-        done = optimize_tables(
-            spark, operation.ref, check=operation.lease.check, step=operation.step, small_bytes=small_bytes
-        )
+        done = optimize_tables(operation, thresholds=replace(DEFAULT, small_bytes=small_bytes))
         record = operation.record(OPTIMIZED, optimize=done)
         operation.write(record)
         return record
@@ -45,6 +44,8 @@ def optimize(
 def lines(found: dict[str, Any]) -> list[str]:
     """Sizes for people, a line per table."""
     told = [f"{found['status']} {found['table']}"]
+    if folded := found["optimize"].get("folded"):
+        told.append(f"{folded:,} fresh rows put into their cells")
     for name, sizes in found["optimize"]["tables"].items():
         before, after = sizes["before"], sizes["after"]
         line = f"{name:10}{_size(before)}"

@@ -15,6 +15,7 @@ from shoal.conf.errors import CODE_NOTE, CODES, EncoderChangedError, RefusedErro
 from shoal.conf.redact import scrub
 from shoal.conf.run import EncoderConfig, RunConfig
 from shoal.jobs.canary_store import Probe, known_precision, probe_of
+from shoal.jobs.cells import CELL
 from shoal.jobs.filesystem import full_disk
 from shoal.jobs.layout import TableRef
 from shoal.jobs.model_source import pinned_reference, resolve_spec
@@ -209,7 +210,8 @@ def replace_reason(
             f"the table with `shoal embed FILE --full-refresh`",
             code="KEY_CHANGED",
         )
-    old = {field.name: field.dataType.simpleString() for field in published.rows(spark).schema.fields}
+    fields = [field for field in published.rows(spark).schema.fields if field.name != CELL]
+    old = {field.name: field.dataType.simpleString() for field in fields}
     retyped = [key for key in source.keys if old.get(key) != columns.get(key)]
     if retyped:
         was, now = (", ".join(f"{key} {types.get(key)}" for key in retyped) for types in (old, columns))

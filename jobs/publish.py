@@ -1,9 +1,9 @@
 """Moves the published table in one Delta commit, and only if nobody moved it since the plan: the fence.
 
 A night is one MERGE that deletes the rows concerned by key and inserts them anew; a first run, a full refresh, a change
-of schema and a cut-over are one createOrReplace. Both carry the run's state as userMetadata and one transaction id per
-generation, and the head is read afterwards: a MERGE that Delta skips because its transaction id is taken looks like an
-empty success.
+of schema, a cut-over and a build of the index are one createOrReplace. All carry the run's state as userMetadata and
+one transaction id per generation, and the head is read afterwards: a MERGE that Delta skips because its transaction id
+is taken looks like an empty success.
 """
 
 import contextlib
@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, DataFrameWriterV2, SparkSession
 from pyspark.sql import functions as F
 
 from shoal.conf.errors import DestinationError, OvertakenError, RunError
 from shoal.conf.run import DestinationConfig
+from shoal.jobs.cells import CELL, INDEX_PROPERTY, Index, fresh_cell
 from shoal.jobs.filesystem import full_disk
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import TableRef
@@ -45,7 +46,6 @@ from shoal.udfs.encoder_spec import EncoderSpec
 
 _TXN_APP = "spark.databricks.delta.write.txnAppId"
 _TXN_VERSION = "spark.databricks.delta.write.txnVersion"
-
 
 CONFLICTS = ("DELTA_CONCURRENT", "Concurrent", "DELTA_PROTOCOL_CHANGED", "ProtocolChanged", "MetadataChanged")
 
@@ -112,6 +112,8 @@ def publish_merge(spark: SparkSession, target: Target, rows: RowPlan, content: D
     """
     before = target.before
     assert before is not None  # noqa: S101 - the caller chose a MERGE because there is a table
+    if before.index is not None:
+        content = content.withColumn(CELL, fresh_cell(F.col("embedding")))
     columns = content.columns
     gone = rows.rows.where(F.col(ACTION) != NEW).select(*[quoted(key) for key in rows.keys])
     for field in content.schema.fields:
@@ -156,6 +158,17 @@ def commit_sql(spark: SparkSession, target: Target, state: State, statement: str
     return _own_head(spark, target, state)
 
 
+def publish_index(spark: SparkSession, target: Target, content: DataFrame, index: Index, state: State) -> int:
+    """One createOrReplace of all rows, each with its cell, and of the property that names the build; the version.
+
+    Everything else that the table says of itself stays.
+    """
+    before = target.before
+    assert before is not None  # noqa: S101 - there is a table to index
+    writer = _replacing(spark, target, content, kept_properties(before) | {INDEX_PROPERTY: index.to_property()})
+    return _replace(spark, target, writer, state)
+
+
 def publish_replace(
     spark: SparkSession,
     target: Target,
@@ -171,11 +184,28 @@ def publish_replace(
     Comments, tags, properties and constraints that the user set on the table are carried over. Returns the Delta
     version.
     """
+    if is_indexed(target, spec):
+        # Whatever cells the rows had, maintenance puts them into theirs again.
+        content = content.withColumn(CELL, fresh_cell(F.col("embedding")))
+    properties = table_properties(target, settings, rows, spec, encoder)
+    return _replace(spark, target, _replacing(spark, target, content, properties), state)
+
+
+def _replacing(
+    spark: SparkSession, target: Target, content: DataFrame, properties: Mapping[str, str]
+) -> DataFrameWriterV2:
+    """What writes a whole table with these properties, and the present one's comments."""
     writer = _with_comments(spark, target, content).writeTo(target.ref.sql).using("delta")
-    for name, value in table_properties(target, settings, rows, spec, encoder).items():
+    if CELL in content.columns:
+        writer = writer.partitionedBy(F.col(CELL))
+    for name, value in properties.items():
         writer = writer.tableProperty(name, value)
     if target.before and target.before.description:
         writer = writer.tableProperty("comment", target.before.description)
+    return writer
+
+
+def _replace(spark: SparkSession, target: Target, writer: DataFrameWriterV2, state: State) -> int:
     writer = writer.option("userMetadata", state.to_user_metadata())
     writer = writer.option("txnAppId", f"shoal:{target.table_id}").option("txnVersion", str(target.generation))
     try:
@@ -190,8 +220,9 @@ def table_properties(
     target: Target, settings: DestinationConfig, rows: RowPlan, spec: EncoderSpec, encoder: dict
 ) -> dict[str, str]:
     """Everything that the table says of itself; the user's own properties first, so that ours stand."""
-    before = target.before.properties if target.before else {}
-    kept = {name: value for name, value in before.items() if not name.startswith(KEPT_BY_DELTA)}
+    kept = kept_properties(target.before) if target.before else {}
+    if not is_indexed(target, spec):
+        kept.pop(INDEX_PROPERTY, None)
     ours = {
         FORMAT_PROPERTY: str(FORMAT),
         TABLE_ID_PROPERTY: target.table_id,
@@ -206,6 +237,17 @@ def table_properties(
     if stats:
         ours["delta.dataSkippingStatsColumns"] = stats
     return kept | ours | settable_properties(settings)
+
+
+def kept_properties(before: Published) -> dict[str, str]:
+    """The properties of the present table that somebody may set."""
+    return {name: value for name, value in before.properties.items() if not name.startswith(KEPT_BY_DELTA)}
+
+
+def is_indexed(target: Target, spec: EncoderSpec) -> bool:
+    """Whether the table to come has an index: that of the present one, whose centroids are of this encoder."""
+    before = target.before
+    return before is not None and before.index is not None and before.fingerprint == spec.fingerprint
 
 
 def constraints_of(dim: int) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from shoal.conf.errors import DestinationError, first_line
+from shoal.jobs.cells import INDEX_PROPERTY, Index
 from shoal.jobs.filesystem import FileSystem
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import TableRef
@@ -96,6 +97,12 @@ class Published:
     @property
     def metadata(self) -> tuple[str, ...]:
         return tuple(json.loads(self.properties[METADATA_PROPERTY]))
+
+    @property
+    def index(self) -> Index | None:
+        """The build whose cells the rows are in, None for a table without an index."""
+        found = self.properties.get(INDEX_PROPERTY)
+        return Index.from_property(found) if found else None
 
     @property
     def generation(self) -> int:

@@ -12,7 +12,8 @@ from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from shoal.conf.errors import RunError, first_line
-from shoal.jobs.sql_functions import EMBED, Functions, names_of
+from shoal.jobs.sql_functions import Functions
+from shoal.jobs.sql_text import EMBED, names_of
 from shoal.jobs.thrift import Endpoint, require_authentication, thrift_server
 
 FOLLOW_S = 1.0

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ShoalError
 from shoal.conf.fingerprint import digest
 from shoal.conf.run import EncoderConfig
+from shoal.jobs.cells import FRESH, Index, cell_sizes
 from shoal.jobs.filesystem import FileStamp, FileSystem, join
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import TableRef, table_named
@@ -23,6 +25,17 @@ class Column:
 
     name: str
     type: str
+
+
+@dataclass(frozen=True)
+class ServedIndex:
+    """The build that the rows of one version are in, and what its cells hold at least."""
+
+    made: Index
+    centroids: str
+    """Folder of the table of centroids."""
+    enough: tuple[tuple[int, int], ...]
+    """(rows, cells): any so many cells hold so many rows of the source or more; a step for each power of two."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,7 @@ class ServedTable:
     dim: int
     encoder: QueryEncoder | None
     problem: str | None = None
+    index: "ServedIndex | None" = None
 
     @property
     def relation(self) -> str:
@@ -85,6 +99,7 @@ def read_served(spark: SparkSession, name: str, table: str) -> ServedTable:
         dim=int(published.encoder["identity"]["dim"]),
         encoder=encoder,
         problem=problem,
+        index=_index(spark, published),
     )
 
 
@@ -102,6 +117,19 @@ def has_been_moved(spark: SparkSession, served: ServedTable) -> bool:
     if served.ref.name is None:
         return False
     return bool(spark.sql(f"DESCRIBE DETAIL {served.ref.sql}").collect()[0]["location"] != served.location)
+
+
+def _index(spark: SparkSession, published: Published) -> ServedIndex | None:
+    made = published.index
+    if made is None:
+        return None
+    sizes = cell_sizes(spark, published.ref.sql)
+    # Of a row's chunks all may be in one cell: so many chunks are at least so many rows, the one asked about left out.
+    longest = 1 + max((size.last_chunk for size in sizes.values()), default=0)
+    cells = sorted(size.rows for cell, size in sizes.items() if cell is not None and cell != FRESH)
+    held = np.cumsum([0] * (made.cells - len(cells)) + cells) // longest - 1
+    steps = sorted({min(2**power, made.cells) for power in range(made.cells.bit_length() + 1)})
+    return ServedIndex(made, published.ref.cells, tuple((int(held[number - 1]), number) for number in steps))
 
 
 def _encoder(published: Published) -> tuple[QueryEncoder | None, str | None]:

@@ -10,9 +10,10 @@ from pyspark.sql import SparkSession
 from shoal.conf.errors import DestinationError, first_line
 from shoal.jobs.hashing import quoted
 from shoal.jobs.served_table import read_served
-from shoal.jobs.sql_functions import permanent_statements, tables_of
+from shoal.jobs.sql_functions import tables_of
+from shoal.jobs.sql_text import permanent_statements
 
-BY_TEXT = ("search", "best", "scores")
+BY_TEXT = ("search", "match", "best", "scores")
 
 
 def sql_install(spark: SparkSession, arguments: Sequence[str], schema: str, *, dry_run: bool) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from shoal.conf.errors import DestinationError, ShoalError, code_of
 from shoal.conf.redact import MASK
 from shoal.conf.run import RunConfig
 from shoal.jobs.bookkeeping import Bookkeeper
+from shoal.jobs.cells import FRESH, cell_sizes
 from shoal.jobs.changes import find_difference, last_unchanged
 from shoal.jobs.filesystem import FileSystem
 from shoal.jobs.layout import TableRef, table_named
 from shoal.jobs.lease import died_here, holder
-from shoal.jobs.maintenance import due
+from shoal.jobs.maintenance import due, last_fit
 from shoal.jobs.published import Published, exists, read_published
 from shoal.jobs.source import delta_target, read_source
 
@@ -73,6 +74,7 @@ def _status_of(spark: SparkSession, table: str, max_lag: timedelta | None, pendi
     good = next((run for run in runs if run["status"] in SUCCESSFUL), None)
     config = _config_of(last)
     lag = _lag(spark, config, ref, published, good)
+    wanted = config.index if isinstance(config, RunConfig) else None
     found = {
         "table": str(ref),
         "version": published.version if published else None,
@@ -86,7 +88,8 @@ def _status_of(spark: SparkSession, table: str, max_lag: timedelta | None, pendi
         "pending": _pending(spark, config, ref, published, lag, asked=pending),
         **_chunks(spark, published),
         "migration": last.get("migration") if last else None,
-        "maintenance": due(spark, published).public() if published else None,
+        "index": _index(spark, published),
+        "maintenance": due(spark, published, index=wanted).public() if published else None,
         "lease": _lease(spark, ref),
         "foreign": [
             {"version": commit.version, "operation": commit.operation, "user": commit.user}
@@ -211,6 +214,15 @@ def _chunks(spark: SparkSession, published: Published | None) -> dict[str, Any]:
     return {"chunks": sum(counts.values()), "errors": dict(sorted(errors.items()))}
 
 
+def _index(spark: SparkSession, published: Published | None) -> dict[str, Any] | None:
+    """The build that the rows are in, with the rows that wait in the fresh cell and how well those before fitted."""
+    made = published.index if published else None
+    if published is None or made is None:
+        return None
+    fresh = cell_sizes(spark, published.ref.sql).get(FRESH)
+    return {**made.public(), "fresh_rows": fresh.rows if fresh else 0, "last_fit": last_fit(spark, published)}
+
+
 def _lease(spark: SparkSession, ref: TableRef) -> dict[str, Any] | None:
     """Who holds the table; `alive` is None where the holder runs on another machine: its heartbeat would tell."""
     body = holder(FileSystem(spark, ref.sidecar), ref.lease)
@@ -252,8 +264,15 @@ def _facts(each: dict[str, Any]) -> list[str]:
         told.append(
             f"next      {part['encoder']}: {part['state']}, {part['missing']:,} of {part['distinct']:,} missing{left}"
         )
+    if made := each["index"]:
+        k, probes = min(made["probes"].items())
+        told.append(
+            f"index     {made['cells']:,} cells, {probes:,} of them for {made['target']:.0%} of the {k} nearest, "
+            f"{made['fresh_rows']:,} fresh rows"
+        )
     work = each["maintenance"] or {}
-    told += [f"due       shoal {verb}: {'; '.join(work[verb])}" for verb in ("optimize", "vacuum") if work.get(verb)]
+    verbs = ("index", "optimize", "vacuum")
+    told += [f"due       shoal {verb}: {'; '.join(work[verb])}" for verb in verbs if work.get(verb)]
     if lease := each["lease"]:
         dead = "; it is dead, and the next run takes over" if lease["alive"] is False else ""
         told.append(

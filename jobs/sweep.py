@@ -192,7 +192,7 @@ def sweep(
 
 def tables(spark: SparkSession, ref: TableRef) -> dict[str, str]:
     """The Delta tables of one destination that are there, as SQL names them; the published one first."""
-    beside = {"staging": ref.staging, "runs": ref.runs, "canaries": ref.canaries}
+    beside = {"staging": ref.staging, "runs": ref.runs, "canaries": ref.canaries, "cells": ref.cells}
     there = {name: f"delta.{quoted(path)}" for name, path in beside.items() if DeltaTable.isDeltaTable(spark, path)}
     return {"published": ref.sql} | there
 

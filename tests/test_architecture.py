@@ -20,16 +20,16 @@ ALLOWED = {
     "conf": {"pydantic", "pydantic_core", "yaml"},
     "udfs": {
         "numpy", "openvino", "pandas", "pyarrow", "semantic_text_splitter", "sentence_transformers", "shoal.conf",
-        "tokenizers", "torch", "transformers",
+        "sklearn", "tokenizers", "torch", "transformers",
     },
     "jobs": {
-        "delta", "huggingface_hub", "mlflow", "numpy", "py4j", "pyarrow", "pyspark", "rich", "shoal.conf", "shoal.udfs",
-        "tokenizers", "yaml",
+        "delta", "huggingface_hub", "matplotlib", "mlflow", "numpy", "py4j", "pyarrow", "pyspark", "rich", "shoal.conf",
+        "shoal.udfs", "tokenizers", "yaml",
     },
 }  # fmt: skip
 
 # Modules that run a model import these inside functions: what the driver imports must not bring them in.
-HEAVY = ("openvino", "sentence_transformers", "torch", "transformers")
+HEAVY = ("matplotlib", "openvino", "sentence_transformers", "sklearn", "torch", "transformers")
 
 # All that a Spark adapter may know of Spark: never a session.
 OF_SPARK = ("pyspark.TaskContext", "pyspark.sql.types", "pyspark.sql.functions.pandas_udf")
@@ -45,6 +45,8 @@ ENTRY_FILES = frozenset(
         "errors",
         "export",
         "history",
+        "index",
+        "index_report",
         "join",
         "optimize",
         "plan",
@@ -58,7 +60,7 @@ ENTRY_FILES = frozenset(
     }
 )
 MAY_IMPORT_ENTRY_FILES = {
-    "cli": ENTRY_FILES | {"bench", "bench_join", "bench_nightly", "bench_scale"},
+    "cli": ENTRY_FILES | {"bench", "bench_join", "bench_nightly", "bench_scale", "bench_search"},
     "quickstart": {"embed", "search"},
     "bench": {"embed"},
     "bench_nightly": {"embed"},

@@ -40,6 +40,7 @@ COMMAND_LINE = {
     "audit": ["--debug", "--json", "--sample", "TABLE"],
     "purge": ["--debug", "--json", "--keys", "TABLE"],
     "restore": ["--before", "--debug", "--json", "--run", "--to", "TABLE"],
+    "index": ["--cells", "--debug", "--json", "--plot", "--recall", "--report", "TABLE"],
     "optimize": ["--debug", "--dry-run", "--json", "TABLE"],
     "vacuum": ["--debug", "--dry-run", "--json", "TABLE"],
     "config check": ["--set", "FILE"],
@@ -49,6 +50,7 @@ COMMAND_LINE = {
     "bench join": ["--debug", "--dim", "--json", "--left", "--right"],
     "bench nightly": ["--chunks", "--debug", "--json", "--nights"],
     "bench scale": ["--debug", "--json", "--rows"],
+    "bench search": ["--debug", "--dim", "--json", "--nights", "--rows"],
 }
 
 

@@ -17,10 +17,9 @@ from shoal.jobs import embed as embed_verb
 from shoal.jobs.bookkeeping import Bookkeeper
 from shoal.jobs.compaction import TableSize, size_of
 from shoal.jobs.embed import embed
-from shoal.jobs.filesystem import FileSystem
 from shoal.jobs.layout import TableRef, table_of
 from shoal.jobs.maintenance import DEFAULT, due, maintain
-from shoal.jobs.operation import table_of_ours
+from shoal.jobs.operation import operating, table_of_ours
 from shoal.jobs.report import Report
 from shoal.jobs.sweep import tables
 
@@ -104,10 +103,8 @@ def test_files_and_deleted_rows_grow_until_what_is_due_is_done_and_stay_bounded_
         f"{before['runs'].files} files in runs",
     ]
     assert found.vacuum == ()
-    done = maintain(
-        spark, FileSystem(spark, ref.sidecar), table_of_ours(spark, str(ref)),
-        check=nothing, say=nothing, step=nothing, thresholds=thresholds,
-    )  # fmt: skip
+    with operating(spark, str(ref), "maintain") as operation:
+        done = maintain(operation, thresholds=thresholds)
     after = sizes(spark, ref)
     assert done["vacuum"] is None
     assert done["optimize"]["tables"]["published"]["after"] == after["published"].public()
@@ -140,10 +137,8 @@ def test_a_vacuum_is_due_a_while_after_the_first_run_and_again_after_the_last(
     with monkeypatch.context() as patched:
         patched.setattr("shoal.jobs.maintenance.time.time", lambda: now + 8 * 86400)
         assert due(spark, published).vacuum == ("the first run was 8 days ago",)
-    done = maintain(
-        spark, FileSystem(spark, ref.sidecar), published,
-        check=nothing, say=nothing, step=nothing, thresholds=replace(DEFAULT, vacuum_every=timedelta(0)),
-    )  # fmt: skip
+    with operating(spark, str(ref), "maintain") as operation:
+        done = maintain(operation, thresholds=replace(DEFAULT, vacuum_every=timedelta(0)))
     assert done["vacuum"]["reasons"]
     books = Bookkeeper(spark, ref, nothing)
     books.write(books.records()[0] | {"run_id": "vacuumed now", "maintenance": done})

@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
-NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 README = Path(__file__).parents[2] / "README.md"
 SHOAL = Path(sys.executable).with_name("shoal")
 
@@ -96,9 +96,10 @@ def test_run_again_it_encodes_nothing_commits_nothing_and_answers_from_memory(qu
 
 
 @pytest.mark.long
-def test_the_notebook_walks_through_its_table(quickstart: tuple[Path, str]) -> None:
+@pytest.mark.parametrize("name", ["quickstart", "search"])
+def test_the_notebooks_walk_through_its_table(quickstart: tuple[Path, str], name: str) -> None:
     folder, _ = quickstart
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert outputs

@@ -17,7 +17,8 @@ from shoal.conf.errors import ConfigError, DestinationError
 from shoal.conf.loader import load_run
 from shoal.jobs import sql_functions
 from shoal.jobs.embed import embed
-from shoal.jobs.sql_functions import _ENCODERS, EMBED, Functions, install, name_of, tables_of
+from shoal.jobs.sql_functions import _ENCODERS, Functions, install, name_of, tables_of
+from shoal.jobs.sql_text import EMBED
 from shoal.udfs.hash_encoder import hash_vectors
 from shoal.udfs.query_udf import embed_queries
 
@@ -107,6 +108,17 @@ def test_a_filter_outside_chooses_among_the_k_and_one_over_all_scores_the_best_t
     require_hits(over_all, matching[:1])
 
 
+def test_a_match_finds_the_k_best_of_the_rows_with_these_values(spark: SparkSession, docs: Functions) -> None:
+    in_order = expected("fish")
+    for value in "ab":
+        matching = [hit for hit in in_order if "ab"[hit[0] % 2] == value]
+        require_hits(spark.sql(f"SELECT * FROM docs_match('fish', map('k', '{value}'), 2)").collect(), matching[:2])
+    two = spark.sql("SELECT * FROM docs_match('fish', map('query', '3', 'score', '1.5'))").collect()
+    assert [row["query"] for row in two] == [3]
+    assert spark.sql("SELECT * FROM docs_match('fish', map('score', '99'))").collect() == []
+    assert spark.sql("SELECT * FROM docs_match('fish', map('score', NULL))").collect() == []
+
+
 def test_a_vector_of_any_number_type_searches_too(spark: SparkSession, docs: Functions) -> None:
     numbers = ", ".join(str(float(x)) for x in hash_vectors(["ask: red fish"], 8)[0])
     by_literal = spark.sql(f"SELECT * FROM docs_search_vector(array({numbers}), 3)").collect()
@@ -152,6 +164,7 @@ def test_a_query_is_encoded_once_in_every_form(spark: SparkSession, docs: Functi
         "docs_scores('x') WHERE k = 'a' ORDER BY shoal_score DESC LIMIT 3": 1,
         "docs_search_vector(shoal_embed('docs', 'x'), 3)": 1,
         "docs_similar(0, 'a', 3)": 0,
+        "docs_match('x', map('k', 'a'), 3)": 1,
         "docs_search('x', 3) s JOIN docs_search('y', 3) t USING (query)": 2,
     }
     try:
@@ -170,6 +183,13 @@ def test_a_query_is_encoded_once_in_every_form(spark: SparkSession, docs: Functi
         ("docs_search('', 3)", "docs_search: the query is NULL or blank"),
         ("docs_best(' \t\n', 3)", "docs_best: the query is NULL or blank"),
         ("docs_scores('  ')", "docs_scores: the query is NULL or blank"),
+        ("docs_match(NULL, map('k', 'a'))", "docs_match: the query is NULL or blank"),
+        ("docs_match('x', NULL)", "docs_match: match is NULL"),
+        (
+            "docs_match('x', map('lang', 'de', 'k', 'a'))",
+            "matched is called lang; there are query, k, score",
+        ),
+        ("docs_match('x', map('k', 'a'), 0)", "docs_match: k is NULL or below 1"),
         ("docs_search('x', 0)", "docs_search: k is NULL or below 1"),
         ("docs_best('x', -1)", "docs_best: k is NULL or below 1"),
         ("docs_search('x', NULL)", "docs_search: k is NULL or below 1"),
@@ -200,7 +220,7 @@ def test_what_cannot_be_searched_is_an_error_with_its_code_and_never_no_rows(
 
 def test_functions_say_what_they_do(spark: SparkSession, docs: Functions) -> None:
     for suffix, word in (("search", "docs_scores"), ("search_vector", "8 numbers"), ("similar", "other rows"),
-                         ("best", "one chunk per row"), ("scores", "LIMIT k")):  # fmt: skip
+                         ("best", "one chunk per row"), ("match", "among those"), ("scores", "LIMIT k")):  # fmt: skip
         told = "\n".join(row[0] for row in spark.sql(f"DESCRIBE FUNCTION EXTENDED docs_{suffix}").collect())
         assert word in told, suffix
 
