@@ -1,0 +1,231 @@
+"""`shoal bench search`: seconds of a search over JDBC, beside plain SQL, NEAREST BY and a library on the same vectors.
+
+A published table of vectors in clusters is searched exactly, by its index, filtered, and again after nights of change.
+Each query is asked through Hive's own JDBC client, which says how long each took; the second round counts. What was
+found is compared with an exact search by numpy's products.
+"""
+
+import os
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyspark
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from shoal.conf.errors import ConfigError, RunError
+from shoal.conf.run import EncoderConfig
+from shoal.jobs.indexing import VERB, build
+from shoal.jobs.maintenance import maintain
+from shoal.jobs.meter import metering
+from shoal.jobs.model_source import resolve_spec
+from shoal.jobs.nearest import nearest
+from shoal.jobs.operation import operating
+from shoal.jobs.prepare import model_cache
+from shoal.jobs.sql_functions import Functions
+from shoal.jobs.sql_text import EMBED
+from shoal.jobs.synthetic_vectors import PER_MILLE, SyntheticVectors
+from shoal.jobs.thrift import Endpoint, session_settings, thrift_server
+
+K = 10
+QUERIES = 10
+NIGHT_SHARE = 0.01
+MIN_ROWS = 10_000
+NAME = "bench"
+
+TOOK = re.compile(r"rows? selected \(([0-9.]+) seconds\)")
+
+
+def bench_search(num_rows: int, dim: int, num_nights: int, *, say: Callable[[str], None]) -> dict[str, Any]:
+    """The document that `--json` prints."""
+    if num_rows < MIN_ROWS:
+        raise ConfigError(f"--rows is {num_rows}; a thousandth of them is filtered for, ask for {MIN_ROWS} or more")
+    if dim < 1 or num_nights < 0:
+        raise ConfigError(f"--dim is {dim} and --nights {num_nights}; ask for 1 or more, and 0 or more")
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
+        catalog = Path(folder) / "catalog"
+        endpoint = Endpoint(port=0).checked()
+        settings = session_settings(catalog)
+        with metering(settings, "shoal bench") as spark:
+            encoder = EncoderConfig(model=f"hash:{dim}")
+            spec = resolve_spec(encoder, model_cache(), tracking_uri="")
+            table = SyntheticVectors(spark, f"{folder}/docs", num_rows, dim, spec, encoder)
+            bench = _Bench(spark, table, endpoint, say)
+            with thrift_server(spark, endpoint):
+                cores = len(os.sched_getaffinity(0))
+                return {"rows": num_rows, "dim": dim, "k": K, "cores": cores, **bench.go(num_nights)}
+
+
+@dataclass
+class _Bench:
+    spark: SparkSession
+    table: SyntheticVectors
+    endpoint: Endpoint
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.queries_QD = self.table.queries(QUERIES)
+        self.functions = Functions(self.spark, {NAME: self.table.path}, self.say)
+
+    def go(self, num_nights: int) -> dict[str, Any]:
+        began = time.monotonic()
+        self.table.publish()
+        self.say(f"{self.table.rows:,} rows are published: {time.monotonic() - began:.1f} s")
+        before = [self._form("ORDER BY .. LIMIT", PLAIN), self._form("NEAREST BY", NEAREST, times=1)]
+        self._follow()
+        before.append(self._form("exact", f"SELECT id FROM {NAME}_search('{{q}}', {K})"))
+        library = self._library()
+        began = time.monotonic()
+        with operating(self.spark, self.table.path, VERB) as operation:
+            made = build(operation)["index"]
+        seconds = time.monotonic() - began
+        self.say(f"{made['cells']} cells, {made['probes'][K]} of them looked in: {seconds:.1f} s")
+        self._follow()
+        document = {
+            "index": made,
+            "index_seconds": round(seconds, 2),
+            "forms": [*before, *self._indexed(), library],
+            "filters": [self._filtered(f"{kind}{share}") for kind in "uc" for share in PER_MILLE],
+            "nights": num_nights,
+            "after_nights": [],
+        }
+        if num_nights:
+            for night in range(1, num_nights + 1):
+                self.table.night(NIGHT_SHARE, salt=night + 1)
+                with operating(self.spark, self.table.path, "maintain") as operation:
+                    maintain(operation)
+            self._follow()
+            document["after_nights"] = self._indexed()
+        return document
+
+    def _indexed(self) -> list[dict[str, Any]]:
+        cells = self.table.published().index
+        assert cells is not None  # noqa: S101 - it has been built
+        return [
+            self._form("index", f"SELECT id FROM {NAME}_search('{{q}}', {K})"),
+            self._form("index, all cells", f"SELECT id FROM {NAME}_search('{{q}}', {K}, {cells.cells})"),
+        ]
+
+    def _filtered(self, column: str) -> dict[str, Any]:
+        by_index = f"SELECT id FROM {NAME}_match('{{q}}', map('{column}', '1'), {K})"
+        exact = f"SELECT id FROM {NAME}_scores('{{q}}') WHERE {column} = 1 ORDER BY score DESC, id LIMIT {K}"
+        condition = f"{column} = 1"
+        found = self._form(f"match {column}", by_index, where=condition)
+        slow = self._form(f"exact {column}", exact, where=condition)
+        return {**found, "column": column, "exact_seconds": slow["seconds"]}
+
+    def _form(self, name: str, statement: str, *, where: str = "true", times: int = 2) -> dict[str, Any]:
+        """One form of search: median seconds of a query in the last round, and its recall."""
+        asked = [
+            statement.format(q=f"q{number}", vector=_literal(query_D), path=self.table.path)
+            for number, query_D in enumerate(self.queries_QD)
+        ]
+        took = _beeline(self.endpoint.jdbc, asked * times)[-len(asked) :]
+        found = [[row["id"] for row in self.spark.sql(one).collect()] for one in asked] if times > 1 else None
+        recall = self._recall(found, where) if found is not None else None
+        seconds = round(statistics.median(took), 3)
+        self.say(f"{name}: {seconds:.3f} s" + ("" if recall is None else f", recall {recall:.3f}"))
+        return {"form": name, "seconds": seconds, "recall": recall}
+
+    def _recall(self, found: Sequence[Sequence[int]], where: str) -> float:
+        rows = self.table.published().rows(self.spark).where(where)
+        true = nearest(rows, ["id"], self.queries_QD, K)
+        hits = [len({row["id"] for row in neighbours} & set(ids)) for neighbours, ids in zip(true, found, strict=True)]
+        return round(sum(hits) / max(1, sum(len(neighbours) for neighbours in true)), 4)
+
+    def _follow(self) -> None:
+        """The functions of the newest version, with the queries of the bench in the place of an encoder."""
+        self.functions.create()
+        queries_QD = self.queries_QD
+
+        @F.pandas_udf("array<float>")  # type: ignore[call-overload]
+        def embed(names: pd.Series, texts: pd.Series) -> pd.Series:
+            del names
+            return texts.map(lambda text: queries_QD[int(text[1:])])
+
+        self.spark.udf.register(EMBED, embed)
+
+    def _library(self) -> dict[str, Any]:
+        """FAISS, flat, in this process, with all vectors in memory: what one machine can do without Spark."""
+        try:
+            import faiss
+        except ImportError:
+            return {"form": "FAISS flat", "seconds": None, "recall": None}
+        rows: DataFrame = self.table.published().rows(self.spark).select("id", "embedding")
+        flat = faiss.IndexIDMap(faiss.IndexFlatIP(self.table.dim))
+        began = time.monotonic()
+        for batch in rows.toArrow().to_batches():
+            vectors_ND = batch.column("embedding").flatten().to_numpy().reshape(-1, self.table.dim)
+            flat.add_with_ids(vectors_ND, batch.column("id").to_numpy())
+        loaded = time.monotonic() - began
+        took = []
+        for query_D in self.queries_QD:
+            began = time.monotonic()
+            flat.search(query_D[None], K)
+            took.append(time.monotonic() - began)
+        seconds = round(statistics.median(took), 4)
+        self.say(f"FAISS flat: {seconds:.4f} s, after {loaded:.1f} s of loading")
+        return {"form": "FAISS flat", "seconds": seconds, "recall": 1.0, "loading_seconds": round(loaded, 2)}
+
+
+PLAIN = f"SELECT id FROM delta.`{{path}}` ORDER BY vector_inner_product(embedding, {{vector}}) DESC, id LIMIT {K}"
+NEAREST = (
+    "SELECT t.id FROM (SELECT {vector} AS q) v JOIN delta.`{path}` t "
+    f"EXACT NEAREST {K} BY SIMILARITY vector_inner_product(v.q, t.embedding)"
+)
+
+
+def _literal(query_D: npt.NDArray[np.float32]) -> str:
+    return f"CAST(array({', '.join(f'{value:.8e}' for value in query_D.tolist())}) AS ARRAY<FLOAT>)"
+
+
+def _beeline(jdbc: str, statements: Sequence[str]) -> list[float]:
+    """Seconds of each statement, one after another in one connection, as Hive's JDBC client says them."""
+    home = Path(pyspark.__file__).parent
+    with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
+        script.write("".join(f"{statement};\n" for statement in statements))
+        script.flush()
+        command = [
+            str(home / "bin" / "spark-class"), "org.apache.hive.beeline.BeeLine", "-u", jdbc, "-n", "bench",
+            "-f", script.name,
+        ]  # fmt: skip
+        environment = {**os.environ, "SPARK_HOME": str(home)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    took = [float(seconds) for seconds in TOOK.findall(done.stdout + done.stderr)]
+    if len(took) != len(statements):
+        told = [line for line in done.stderr.splitlines() if "rror" in line]
+        raise RunError(f"beeline answered {len(took)} of {len(statements)} queries: {(told or ['no error told'])[0]}")
+    return took
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The figures for people."""
+    made = found["index"]
+    what = f"{found['rows']:,} x {found['dim']}, k {found['k']}, {found['cores']} cores"
+    told = [
+        f"{what}, {made['cells']} cells, {made['probes'][found['k']]} of them looked in",
+        f"{'':24} seconds  recall",
+        *[_line(form) for form in found["forms"]],
+        f"{'':24} seconds  recall   exact",
+        *[f"{_line(form)} {form['exact_seconds']:7.3f}" for form in found["filters"]],
+    ]
+    if found["nights"]:
+        told.append(f"after {found['nights']} nights of {NIGHT_SHARE:.0%}")
+        told += [_line(form) for form in found["after_nights"]]
+    return told
+
+
+def _line(form: dict[str, Any]) -> str:
+    seconds = "      -" if form["seconds"] is None else f"{form['seconds']:7.3f}"
+    recall = "      -" if form["recall"] is None else f"{form['recall']:7.3f}"
+    return f"{form['form']:24} {seconds} {recall}"
