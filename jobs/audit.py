@@ -26,7 +26,7 @@ from shoal.jobs.hashing import HASH_BYTES, columns_hash, content_hash, quoted
 from shoal.jobs.layout import TableRef, read_delta, table_named
 from shoal.jobs.prepare import encoder_of, worker_error
 from shoal.jobs.publish import missing_constraints
-from shoal.jobs.published import Published, commits, exists, keys_that_differ, read_published
+from shoal.jobs.published import Published, commits, exists, read_published
 from shoal.jobs.report import plain
 from shoal.jobs.session import slots, with_settings
 from shoal.udfs import reasons
@@ -206,10 +206,7 @@ class _Auditing:
     def _foreign(self, *, is_known: bool) -> None:
         """Commits by others, unless every row is as our newest commit left it, as after a RESTORE."""
         published = self.published
-        before = published.ours_rows(self.spark) if is_known else None
-        if not published.foreign or (
-            before is not None and keys_that_differ(published.rows(self.spark), before, published.keys).isEmpty()
-        ):
+        if not published.foreign or (is_known and not published.changed_by_others(self.spark)):
             return
         told = [f"version {c.version}: {c.operation} by {c.user or 'unknown'}" for c in published.foreign]
         back = "" if self._ours is None else f"; `shoal restore {self.ref} --to {self._ours}` undoes it"

@@ -24,6 +24,9 @@ RUN, SENT = "run", "mlflow"
 
 RECENT_RUNS = 20
 
+FIRST_VERB = "embed"
+"""Of a run's commits the first."""
+
 # The night's publication, the cut-over to the next encoder, maintenance.
 COMMITS_PER_RUN = 4
 
@@ -67,17 +70,26 @@ class Bookkeeper:
         self.send_pending(tracking)
 
     def _unwritten(self, published: Published | None) -> list[tuple[int, State]]:
-        """Our newest commits that the runs table lacks, newest first; no more than one run can leave behind."""
+        """Our commits that the runs table lacks, newest first, among those of one run."""
         newest = published.ours if published else None
-        if published is None or newest is None or newest.state is None or self._was_written(newest.state):
+        if published is None or newest is None or newest.state is None:
             return []
-        found = [(newest.version, newest.state)]
+        found = []
+        if not self._was_written(newest.state):
+            found.append((newest.version, newest.state))
+        elif newest.state.record.get("verb", FIRST_VERB) == FIRST_VERB:
+            return []
+        seen = 1
         for commit in commits(self.spark, published.ref):
             if commit.state is None or commit.version >= newest.version:
                 continue
-            if len(found) == COMMITS_PER_RUN or self._was_written(commit.state):
+            was_written = self._was_written(commit.state)
+            if not was_written:
+                found.append((commit.version, commit.state))
+            seen += 1
+            # A run publishes before it cuts over and maintains, and each writes down its own: none is left before that.
+            if seen == COMMITS_PER_RUN or (was_written and commit.state.record.get("verb", FIRST_VERB) == FIRST_VERB):
                 break
-            found.append((commit.version, commit.state))
         return found
 
     def write(self, record: dict[str, Any]) -> None:

@@ -17,8 +17,9 @@ from pyspark.sql import Column, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from shoal.conf.errors import RefusedError
 from shoal.conf.run import MAX_CELLS
-from shoal.jobs.compaction import live_files
+from shoal.jobs.compaction import live_files, physical_name
 from shoal.jobs.layout import TableRef, read_delta
 from shoal.udfs.vectors import to_list_array
 
@@ -52,6 +53,8 @@ class Index:
     """Mean cosine of rows that the centroids were not trained on with their own centroid."""
     balance: float
     """Rows of the largest cell, in means of all cells."""
+    asked: int | None = None
+    """The number of cells that somebody asked for, None where it came from the size of the table."""
 
     def public(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,6 +81,15 @@ class CellSize:
     """The greatest chunk_index of any row in it."""
 
 
+def damaged(ref: TableRef, made: Index) -> RefusedError:
+    """The error for a table whose centroids are gone."""
+    return RefusedError(
+        f"table {ref}: the centroids of its index (build {made.build}) are not in {ref.cells}; `shoal index` builds it "
+        "anew",
+        code="INDEX_DAMAGED",
+    )
+
+
 def number_of_cells(num_rows: int, dim: int) -> int:
     """For so many float32 vectors: at first one per MIN_CELL_BYTES, MANY_CELLS for long, then per MAX_CELL_BYTES."""
     num_bytes = num_rows * dim * 4
@@ -92,9 +104,9 @@ def fresh_cell(embedding: Column) -> Column:
 
 def cell_sizes(spark: SparkSession, sql: str) -> dict[int | None, CellSize]:
     """By cell, from the log alone: one row per cell comes to the driver."""
-    cell = F.col("partitionValues")[CELL].cast("int")
+    cell = F.col("partitionValues")[physical_name(spark, sql, CELL)].cast("int")
     rows = F.get_json_object("stats", "$.numRecords").cast("bigint")
-    last = F.get_json_object("stats", "$.maxValues.chunk_index")
+    last = F.get_json_object("stats", f"$.maxValues['{physical_name(spark, sql, 'chunk_index')}']")
     deleted = F.coalesce(F.col("deletionVector.cardinality"), F.lit(0))
     sizes = (
         live_files(spark, sql)
@@ -126,6 +138,15 @@ def write_build(spark: SparkSession, ref: TableRef, build: str, centroids_CD: np
     rows = spark.createDataFrame(table).withColumn("built_at", F.current_timestamp())
     # One file of a build: a query reads no other.
     rows.coalesce(1).write.format("delta").mode("append").save(ref.cells)
+
+
+def has_build(spark: SparkSession, ref: TableRef, made: Index) -> bool:
+    """Whether all centroids of a build are there; they stay on executors."""
+    if not DeltaTable.isDeltaTable(spark, ref.cells):
+        return False
+    return (
+        read_delta(spark, ref.cells).where(F.col("build") == made.build).select(CELL).distinct().count() == made.cells
+    )
 
 
 def read_build(spark: SparkSession, ref: TableRef, build: str) -> npt.NDArray[np.float32] | None:

@@ -1,5 +1,6 @@
 """How a Delta table lies on disk, and making few large files of many small ones; no row changes by it."""
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,6 +64,14 @@ def live_files(spark: SparkSession, sql: str) -> DataFrame:
     spark.sql(f"DESCRIBE DETAIL {sql}").collect()  # Delta then knows of commits by other drivers
     snapshot: Any = DeltaTable.forName(spark, sql)._jdt.deltaLog().unsafeVolatileSnapshot()
     return DataFrame(snapshot.allFiles().toDF(), spark)
+
+
+def physical_name(spark: SparkSession, sql: str, column: str) -> str:
+    """What the log calls a column: another name where the table maps its columns."""
+    snapshot: Any = DeltaTable.forName(spark, sql)._jdt.deltaLog().unsafeVolatileSnapshot()
+    fields = json.loads(snapshot.metadata().schemaString())["fields"]
+    metadata = {field["name"]: field["metadata"] for field in fields}.get(column, {})
+    return str(metadata.get("delta.columnMapping.physicalName", column))
 
 
 def compact(spark: SparkSession, sql: str, small_bytes: int = SMALL_BYTES) -> None:

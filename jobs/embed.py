@@ -352,7 +352,7 @@ class _Run:
                     head = read_published(self.spark, self.ref)
                     assert head is not None  # noqa: S101 - maintenance takes no table away
                     report.version, report.generation = head.version, head.generation
-            except (ShoalError, PySparkException, Py4JJavaError) as error:
+            except (ShoalError, PySparkException, Py4JJavaError, MemoryError, ValueError) as error:
                 told = first_line(error)
                 self._warn(f"maintenance failed, `shoal optimize` and `shoal vacuum` make good for it: {told}")
 

@@ -16,9 +16,9 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from shoal.conf.errors import ConfigError, RefusedError
-from shoal.jobs.cells import CELL, FRESH, Index, read_build
+from shoal.jobs.cells import CELL, FRESH, Index, damaged, read_build
 from shoal.jobs.hashing import quoted
-from shoal.jobs.indexing import CURVE_POINTS, damaged
+from shoal.jobs.indexing import CURVE_POINTS
 from shoal.jobs.nearest import nearest
 from shoal.jobs.operation import table_of_ours
 from shoal.jobs.published import Published
@@ -48,16 +48,19 @@ def index_report(
         raise RefusedError(f"table {published.ref} has no index; `shoal index {table}` builds it")
     centroids_CD = read_build(spark, published.ref, made.build)
     if centroids_CD is None or len(centroids_CD) != made.cells:
-        raise damaged(published, made)
+        raise damaged(published.ref, made)
     names, queries_QD = _drawn(published, spark)
     if len(names) < 2:
         raise RefusedError(f"table {published.ref} has {len(names)} rows with a vector; recall needs neighbours")
     say(f"exact neighbours of {len(names)} rows")
-    recall_C = _recall(spark, published, names, queries_QD, centroids_CD)
-    install(spark, {NAME: table})
+    recall_C = _recall(spark, published, made, names, queries_QD, centroids_CD)
+    served = install(spark, {NAME: table}).served[NAME].index
+    assert served is not None  # noqa: S101 - the centroids have just been read
+    # With fewer cells a function looks in more of its own accord, to be sure of K rows.
+    least = next((cells for chunks, cells in served.enough if chunks >= K), made.cells)
     _search(spark, queries_QD[0], made.cells)  # the first query also compiles and warms up
     points = []
-    for probes in [number for number in CURVE_POINTS if number < made.cells] + [made.cells]:
+    for probes in [number for number in CURVE_POINTS if least <= number < made.cells] + [made.cells]:
         measured = [_search(spark, query_D, probes) for query_D in queries_QD[:TIMED]]
         seconds = statistics.median(took for took, _ in measured)
         files = statistics.mean(number for _, number in measured)
@@ -78,7 +81,7 @@ def index_report(
 
 
 def files_read(answer: DataFrame) -> int:
-    """Data files that a query has read which has run, by the metrics of its scans."""
+    """Data files that a query has read which has run, by the metrics of its scans; not those of its subqueries."""
     plans, total = [answer._jdf.queryExecution().executedPlan()], 0
     while plans:
         plan = plans.pop()
@@ -121,6 +124,7 @@ def _drawn(published: Published, spark: SparkSession) -> tuple[list[tuple[Any, .
 def _recall(
     spark: SparkSession,
     published: Published,
+    made: Index,
     names: list[tuple[Any, ...]],
     queries_QD: npt.NDArray[np.float32],
     centroids_CD: npt.NDArray[np.float32],
@@ -132,7 +136,11 @@ def _recall(
     hits = nearest(published.rows(spark), [*by, CELL], queries_QD, K + 1)
     for query, (name, found) in enumerate(zip(names, hits, strict=True)):
         others = [row[CELL] for row in found if tuple(row[column] for column in by) != name][:K]
-        ranks += [0 if cell in (None, FRESH) else int(ranks_QC[query, cell]) for cell in others]
+        # Others may have put rows into cells that there are not: no search finds these but one in all cells.
+        ranks += [
+            0 if cell in (None, FRESH) else int(ranks_QC[query, cell]) if cell < made.cells else made.cells - 1
+            for cell in others
+        ]
     return recall_by_probes(np.array(ranks), len(centroids_CD))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from shoal.conf.errors import RefusedError
@@ -20,10 +20,12 @@ from shoal.jobs.cells import (
     FRESH,
     Index,
     cell_sizes,
+    damaged,
     number_of_cells,
     read_build,
     write_build,
 )
+from shoal.jobs.changes import last_unchanged
 from shoal.jobs.hashing import quoted
 from shoal.jobs.nearest import nearest
 from shoal.jobs.operation import Operation
@@ -35,8 +37,8 @@ VERB = "index"
 INDEXED, FOLDED = "indexed", "folded"
 RECALL = 0.95
 
-SAMPLE_PER_CELL, MAX_SAMPLE = 256, 400_000
-"""What centroids are trained on: more per cell moves them by little."""
+SAMPLE_PER_CELL, MAX_SAMPLE_BYTES = 256, 600 * 2**20
+"""What centroids are trained on: more per cell moves them by little, and all of it comes to the driver."""
 
 HELD_OUT = 200
 MEASURED_K = (10, 100)
@@ -52,16 +54,17 @@ SEED = 1
 def build(operation: Operation, *, cells: int | None = None, recall: float = RECALL) -> dict[str, Any]:
     """Trains, measures and publishes under the caller's lease; the record."""
     spark, published = operation.spark, operation.published
-    _require_ours(published)
+    _require_ours(spark, published)
     rows = published.rows(spark).drop(CELL)
     num_rows = rows.where(F.col("error").isNull()).count()
     if num_rows == 0:
         raise RefusedError(
             f"table {published.ref} has no row with a vector, so there is nothing to index; `shoal errors` says why"
         )
-    num_cells = cells or number_of_cells(num_rows, int(published.encoder["identity"]["dim"]))
+    dim = int(published.encoder["identity"]["dim"])
+    num_cells = cells or number_of_cells(num_rows, dim)
     operation.say(f"index: {num_rows:,} rows into {num_cells:,} cells")
-    drawn = _Draw(rows.where(F.col("error").isNull()), [*published.keys, "chunk_index"], num_rows, num_cells)
+    drawn = _Draw(rows.where(F.col("error").isNull()), [*published.keys, "chunk_index"], num_rows, num_cells, dim)
     sample_ND = drawn.sample()
     if len(sample_ND) == 0:  # all of a handful of rows were held out
         sample_ND = _vectors(drawn.rows)
@@ -82,6 +85,7 @@ def build(operation: Operation, *, cells: int | None = None, recall: float = REC
         recall={k: _points(curve_C) for k, curve_C in curves.items()},
         fit=round(_fit(held_QD if len(names) else sample_ND, centroids_CD), 6),
         balance=round(float(sizes_C.max() / sizes_C.mean()), 3),
+        asked=cells,
     )
     operation.lease.check()
     write_build(spark, published.ref, build_id, centroids_CD)
@@ -90,13 +94,15 @@ def build(operation: Operation, *, cells: int | None = None, recall: float = REC
     def write(target: Target, state: State) -> int:
         return publish_index(spark, target, gathered(placed, published), made, state)
 
-    return operation.publish(write, INDEXED, index=made.public(), reason=f"indexed in {made.cells} cells")
+    reason = f"indexed in {made.cells} cells"
+    return operation.publish(write, INDEXED, _base(operation), index=made.public(), reason=reason)
 
 
 def fold(operation: Operation) -> dict[str, Any] | None:
     """Puts the rows of the fresh cell into theirs, in one MERGE that changes nothing else; None where there are none.
 
-    Under the caller's lease. Where others have written to the table nothing is done: a commit of ours would hide it.
+    Under the caller's lease. Nothing is done, and said, where others have changed rows, which a commit of ours would
+    hide, and where the centroids are gone.
     `fit` of the record's `fold` is the mean cosine of these rows with their centroids: well below that of the build,
     the rows to come are unlike those that the centroids were trained on.
     """
@@ -104,12 +110,13 @@ def fold(operation: Operation) -> dict[str, Any] | None:
     made = published.index
     if made is None or FRESH not in cell_sizes(spark, published.ref.sql):
         return None
-    if published.foreign:
+    if published.changed_by_others(spark):
         operation.say("fresh rows stay where they are: others wrote to the table, see `shoal audit`")
         return None
     centroids_CD = read_build(spark, published.ref, made.build)
     if centroids_CD is None or len(centroids_CD) != made.cells:
-        raise damaged(published, made)
+        operation.say(f"fresh rows stay where they are: {damaged(published.ref, made)}")
+        return None
     fresh = published.rows(spark).where(F.col(CELL) == FRESH)
     assign = F.pandas_udf(make_assign(centroids_CD), "int")  # type: ignore[call-overload]
     sample_ND = _vectors(fresh.limit(SAMPLE_PER_CELL * 4))
@@ -125,6 +132,7 @@ def fold(operation: Operation) -> dict[str, Any] | None:
             f"MERGE INTO {published.ref.sql} AS t USING {view} AS s ON {on} "
             f"WHEN MATCHED THEN UPDATE SET t.{CELL} = s.{CELL}",
             FOLDED,
+            _base(operation),
             fold=told,
             reason=f"{told['rows']} fresh rows folded into their cells",
         )
@@ -137,22 +145,23 @@ def gathered(placed: DataFrame, published: Published) -> DataFrame:
     return placed.repartition(F.col(CELL)).sortWithinPartitions(CELL, *[quoted(key) for key in published.keys])
 
 
-def damaged(published: Published, made: Index) -> RefusedError:
-    """The error for a table whose centroids are gone."""
-    return RefusedError(
-        f"table {published.ref}: the centroids of its index (build {made.build}) are not in {published.ref.cells}; "
-        "`shoal index` builds it anew",
-        code="INDEX_DAMAGED",
-    )
-
-
 def has_drifted(fit: float, made: Index) -> bool:
     """Whether rows with this mean product with their centroids are unlike those that the index was built on."""
     return fit < made.fit * (1 - MAX_DRIFT)
 
 
-def _require_ours(published: Published) -> None:
-    if published.foreign:
+def _base(operation: Operation) -> dict[str, Any] | None:
+    """What the record goes on from: our newest, with what nights without changes have seen of the source since."""
+    published = operation.published
+    state = published.ours.state if published.ours else None
+    seen = last_unchanged(operation.spark, published.ref, published)
+    if state is None or seen is None:
+        return state.record if state else None
+    return {**state.record, **{name: seen.get(name) for name in ("source_state", "source_version")}}
+
+
+def _require_ours(spark: SparkSession, published: Published) -> None:
+    if published.changed_by_others(spark):
         newest = published.foreign[0]
         raise RefusedError(
             f"table {published.ref}: version {newest.version} ({newest.operation} by {newest.user or 'unknown'}) was "
@@ -170,10 +179,11 @@ class _Draw:
     by: list[str]
     num_rows: int
     num_cells: int
+    dim: int
 
     def sample(self) -> npt.NDArray[np.float32]:
         """What centroids are trained on, float32 (N, D)."""
-        wanted = min(self.num_cells * SAMPLE_PER_CELL, MAX_SAMPLE)
+        wanted = min(self.num_cells * SAMPLE_PER_CELL, MAX_SAMPLE_BYTES // (4 * self.dim))
         end = self._held + wanted / self.num_rows
         return _vectors(self.rows.where((self._place >= self._held) & (self._place < end)))
 

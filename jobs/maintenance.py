@@ -14,9 +14,10 @@ from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
+from shoal.conf.errors import RefusedError
 from shoal.conf.run import IndexConfig
 from shoal.jobs.bookkeeping import RUN
-from shoal.jobs.cells import FRESH, CellSize, Index, cell_sizes
+from shoal.jobs.cells import FRESH, CellSize, Index, cell_sizes, has_build
 from shoal.jobs.compaction import MAX_DELETED_SHARE, SMALL_BYTES, TableSize, compact, size_of
 from shoal.jobs.filesystem import FileSystem
 from shoal.jobs.indexing import FOLDED, build, fold, has_drifted
@@ -42,6 +43,8 @@ class Thresholds:
     """Fresh rows that every search looks through, as a share of those in the cells that it looks in anyway."""
     growth: float = 4.0
     """Rows since the build, in rows at the build: cells that have grown so much are too large."""
+    drifted_rows: int = 1000
+    """Fewer rows than this, folded in at once, say nothing of those to come."""
     imbalance: float = 3.0
     """The largest cell against the mean one, in what it was at the build."""
 
@@ -82,7 +85,7 @@ def due(
     cells = cell_sizes(spark, published.ref.sql) if published.index else {}
     return Due(
         tuple(_why_index(spark, published, size, cells, index, limits)),
-        (*_why_fold(published.index, cells, limits), *_why_optimize(spark, published.ref, size, limits)),
+        (*_why_fold(published.index, cells, limits), *_why_optimize(spark, published, size, limits)),
         tuple(_why_vacuum(spark, published, last or first, thresholds, is_first=last is None)),
         size,
         last,
@@ -110,30 +113,40 @@ def _why_index(
     wanted: IndexConfig | None,
     limits: Thresholds,
 ) -> list[str]:
-    made, rows = published.index, size.rows - size.deleted_rows
+    made = published.index
     if made is None:
+        rows = size.rows - size.deleted_rows
         asked = wanted is not None and rows >= wanted.min_chunks
         return [f"the run file asks for an index, and {rows} chunks have none"] if asked else []
+    if not has_build(spark, published.ref, made):
+        return ["its centroids are gone"]
     why = []
+    rows = sum(cell.rows for number, cell in cells.items() if number is not None)
     if rows > made.rows * limits.growth:
         why.append(f"{rows} chunks, {made.rows} when the cells were made")
-    own = [size.rows for cell, size in cells.items() if cell is not None and cell != FRESH]
+    own = [cell.rows for number, cell in cells.items() if number is not None and number != FRESH]
     balance = max(own, default=0) * made.cells / max(1, sum(own))
     if balance > made.balance * limits.imbalance:
         why.append(f"the largest cell has {balance:.1f} times the mean ({made.balance:.1f} when the cells were made)")
-    fit = last_fit(spark, published)
+    fit = last_fit(spark, published, limits.drifted_rows)
     if fit is not None and has_drifted(fit, made):
         why.append(f"the rows folded in last are unlike the cells (mean cosine {fit:.3f}, {made.fit:.3f} at the build)")
     return why
 
 
-def last_fit(spark: SparkSession, published: Published) -> float | None:
-    """Mean cosine, of the rows that were folded in last, with the centroids of their cells; None before any were."""
+def last_fit(spark: SparkSession, published: Published, min_rows: int = DEFAULT.drifted_rows) -> float | None:
+    """Mean cosine, of the rows that were folded in last, with the centroids of their cells; None before any were.
+
+    A fold of fewer than `min_rows` rows is passed over.
+    """
     ref, made = published.ref, published.index
     if made is None or not DeltaTable.isDeltaTable(spark, ref.runs):
         return None
     runs = read_delta(spark, ref.runs).where((F.col("kind") == RUN) & F.col("record").contains(f'"{FOLDED}"'))
-    of_build = runs.where(F.get_json_object("record", "$.fold.build") == made.build)
+    of_build = runs.where(
+        (F.get_json_object("record", "$.fold.build") == made.build)
+        & (F.get_json_object("record", "$.fold.rows").cast("bigint") >= min_rows)
+    )
     newest = of_build.orderBy(F.desc("written_at")).limit(1).collect()
     found = json.loads(newest[0]["record"])["fold"]["fit"] if newest else None
     return None if found is None else float(found)
@@ -149,11 +162,12 @@ def _why_fold(made: Index | None, cells: dict[int | None, CellSize], limits: Thr
     return [f"{rows} rows in the fresh cell (a search looks through {looked_in:.0f} others)"]
 
 
-def _why_optimize(spark: SparkSession, ref: TableRef, size: TableSize, limits: Thresholds) -> list[str]:
-    why = []
+def _why_optimize(spark: SparkSession, published: Published, size: TableSize, limits: Thresholds) -> list[str]:
+    ref, why = published.ref, []
     if size.small_files > limits.small_files:
         why.append(f"{size.small_files} small files (more than {limits.small_files})")
-    can_join = size.worn_files + size.small_files > 1
+    # In cells, each of which is a file, a worn one has no other to be joined with.
+    can_join = size.worn_files + size.small_files > 1 and published.index is None
     if size.deleted_share > limits.deleted_share or (size.worn_files and can_join):
         why.append(f"{size.deleted_rows} of {size.rows} rows are marked as deleted")
     for name, sql in tables(spark, ref).items():
@@ -196,7 +210,8 @@ def optimize_tables(operation: Operation, *, thresholds: Thresholds = DEFAULT) -
         name: size_of(spark, sql, small.get(name, thresholds.small_bytes))
         for name, sql in tables(spark, published.ref).items()
     }
-    folded = fold(operation)
+    # Its commit is a run of its own in the books: the other record tells what all of this came to.
+    folded = fold(replace(operation, run_id=f"{operation.run_id}-fold"))
     found: dict[str, Any] = {}
     for name, sql in tables(spark, published.ref).items():
         operation.lease.check()
@@ -237,10 +252,18 @@ def maintain(
     done: dict[str, Any] = {"index": None, "optimize": None, "vacuum": None}
     if found.index:
         operation.say(f"maintenance: indexing, {'; '.join(found.index)}")
-        wanted = index or IndexConfig()
-        made = build(operation, cells=wanted.cells, recall=wanted.recall)
-        done["index"] = {"version": made["version"], "reasons": list(found.index)}
-    elif found.optimize:
+        former = operation.published.index
+        if index is not None or former is None:
+            wanted = index or IndexConfig()
+            cells, recall = wanted.cells, wanted.recall
+        else:
+            cells, recall = former.asked, former.target
+        try:
+            made = build(operation, cells=cells, recall=recall)
+            done["index"] = {"version": made["version"], "reasons": list(found.index)}
+        except RefusedError as error:
+            operation.say(f"not indexed: {error}")
+    if found.optimize and not done["index"]:
         # After a build there is nothing to fold in or to compact.
         operation.say(f"maintenance: optimizing, {'; '.join(found.optimize)}")
         done["optimize"] = optimize_tables(operation, thresholds=thresholds) | {"reasons": list(found.optimize)}

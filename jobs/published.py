@@ -124,6 +124,15 @@ class Published:
             return None
         return rows if readable(rows, *HASHES) else None
 
+    def changed_by_others(self, spark: SparkSession) -> bool:
+        """Whether rows are not as our newest commit left them, as far as that can be told; else whoever commits may go
+        on. Costs two passes over the table where others have written, and nothing elsewhere.
+        """
+        if not self.foreign:
+            return False
+        before = self.ours_rows(spark)
+        return before is None or not keys_that_differ(self.rows(spark), before, self.keys).isEmpty()
+
     def trusted_rows(self, spark: SparkSession) -> DataFrame:
         """As `rows`; but what others changed since our newest commit has no hashes, and so is made anew by a run.
 

@@ -119,6 +119,7 @@ class _Purging:
         self._mark(done)
         self._clear_published()
         self._clear_staging(done)
+        self._clear_cells()
         operation.files.delete(join(operation.ref.sidecar, "try"))
         self._clear_runs()
         self._seal(done)
@@ -206,6 +207,17 @@ class _Purging:
             (staged.merge(live.alias("s"), "t.content_hash = s.content_hash").whenNotMatchedBySourceDelete().execute())
         self._leave_head_only(ref.staging)
         operation.step("staging purged")
+
+    def _clear_cells(self) -> None:
+        """Drops the centroids of all builds but the table's own: no restore will want them."""
+        operation = self.operation
+        spark, ref, made = operation.spark, operation.ref, operation.published.index
+        operation.lease.check()
+        if not DeltaTable.isDeltaTable(spark, ref.cells):
+            return
+        DeltaTable.forPath(spark, ref.cells).delete(F.col("build") != (made.build if made else ""))
+        self._leave_head_only(ref.cells)
+        operation.step("cells purged")
 
     def _clear_runs(self) -> None:
         """Masks what the records of all runs quote from rows; counts, times, versions and reasons stay."""

@@ -8,7 +8,7 @@ from pyspark.sql import SparkSession
 from shoal.conf.errors import ShoalError
 from shoal.conf.fingerprint import digest
 from shoal.conf.run import EncoderConfig
-from shoal.jobs.cells import FRESH, Index, cell_sizes
+from shoal.jobs.cells import FRESH, Index, cell_sizes, damaged, has_build
 from shoal.jobs.filesystem import FileStamp, FileSystem, join
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import TableRef, table_named
@@ -35,7 +35,14 @@ class ServedIndex:
     centroids: str
     """Folder of the table of centroids."""
     enough: tuple[tuple[int, int], ...]
-    """(rows, cells): any so many cells hold so many rows of the source or more; a step for each power of two."""
+    """(chunks, cells): any so many cells hold so many chunks or more; a step for each power of two."""
+    longest: int
+    """Chunks of the longest row at most: all of them may be in one cell."""
+
+    @property
+    def enough_rows(self) -> tuple[tuple[int, int], ...]:
+        """(rows, cells): as `enough`, for rows of the source."""
+        return tuple((chunks // self.longest, cells) for chunks, cells in self.enough)
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,9 @@ class ServedTable:
     dim: int
     encoder: QueryEncoder | None
     problem: str | None = None
-    index: "ServedIndex | None" = None
+    index: ServedIndex | None = None
+    index_problem: str | None = None
+    """Why a table with an index is searched exactly."""
 
     @property
     def relation(self) -> str:
@@ -87,6 +96,7 @@ def read_served(spark: SparkSession, name: str, table: str) -> ServedTable:
     fields = published.rows(spark)._jdf.schema().fields()
     types = {field.name(): field.dataType().sql() for field in fields}
     encoder, problem = _encoder(published)
+    index, index_problem = _index(spark, published)
     return ServedTable(
         name=name,
         ref=ref,
@@ -99,7 +109,8 @@ def read_served(spark: SparkSession, name: str, table: str) -> ServedTable:
         dim=int(published.encoder["identity"]["dim"]),
         encoder=encoder,
         problem=problem,
-        index=_index(spark, published),
+        index=index,
+        index_problem=index_problem,
     )
 
 
@@ -119,17 +130,20 @@ def has_been_moved(spark: SparkSession, served: ServedTable) -> bool:
     return bool(spark.sql(f"DESCRIBE DETAIL {served.ref.sql}").collect()[0]["location"] != served.location)
 
 
-def _index(spark: SparkSession, published: Published) -> ServedIndex | None:
+def _index(spark: SparkSession, published: Published) -> tuple[ServedIndex | None, str | None]:
     made = published.index
     if made is None:
-        return None
+        return None, None
+    if not has_build(spark, published.ref, made):
+        error = damaged(published.ref, made)
+        return None, f"[{error.code}] {error}"
     sizes = cell_sizes(spark, published.ref.sql)
-    # Of a row's chunks all may be in one cell: so many chunks are at least so many rows, the one asked about left out.
     longest = 1 + max((size.last_chunk for size in sizes.values()), default=0)
     cells = sorted(size.rows for cell, size in sizes.items() if cell is not None and cell != FRESH)
-    held = np.cumsum([0] * (made.cells - len(cells)) + cells) // longest - 1
+    held = np.cumsum([0] * (made.cells - len(cells)) + cells)
     steps = sorted({min(2**power, made.cells) for power in range(made.cells.bit_length() + 1)})
-    return ServedIndex(made, published.ref.cells, tuple((int(held[number - 1]), number) for number in steps))
+    enough = tuple((int(held[number - 1]), number) for number in steps)
+    return ServedIndex(made, published.ref.cells, enough, longest), None
 
 
 def _encoder(published: Published) -> tuple[QueryEncoder | None, str | None]:

@@ -63,6 +63,8 @@ class Functions:
         before = self.served.get(served.name)
         if served.problem and (before is None or before.problem != served.problem):
             self.say(f"table '{served.name}' cannot be searched by text: {served.problem}")
+        if served.index_problem and (before is None or before.index_problem != served.index_problem):
+            self.say(f"table '{served.name}' is searched without its index: {served.index_problem}")
         # First the function that all others call; it goes on knowing the encoders of versions before.
         encoders = _ENCODERS.setdefault(self.spark, {})
         encoders[served.name] = served.encoder or served.problem or ""

@@ -167,7 +167,8 @@ class _Sql:
         of_row = f"SELECT s.*, {nth} AS `__nth_of_row` FROM ({self._scored()}) s"
         best = f"SELECT s.* FROM ({of_row}) s WHERE s.`__nth_of_row` = 1"
         parameters = [_query(), _k(), *self._probes()]
-        return self._function(name, parameters, about, f"WITH {self._query_vector(name)} {self._best_k(name, best)}")
+        v = self._query_vector(name, rows=True)
+        return self._function(name, parameters, about, f"WITH {v} {self._best_k(name, best)}")
 
     def scores(self) -> str:
         name = f"{self.served.name}_scores"
@@ -204,7 +205,8 @@ class _Sql:
             f"WHEN size(r.`__es`) = 0 THEN raise_error(concat('[{CODE}] {name}: no row of table {self.served.name} "
             f"with a vector has the key ', {told}, '; look it up in the table')) ELSE r.`__es` END"
         )
-        checked = f"{_checked_k(name)} AS `__ok`{self._number_of_probes(name)}"
+        spare = self.index.longest if self.index else 0  # the chunks of the row itself
+        checked = f"{_checked_k(name)} AS `__ok`{self._number_of_probes(name, spare=spare)}"
         v = f"v AS (SELECT {vectors} AS `__es`, {checked} FROM r)"
         best = "array_max(transform(v.`__es`, e -> vector_inner_product({vector}, e)))"
         others = self._scored(best, f"NOT ({same})")
@@ -240,15 +242,21 @@ class _Sql:
         return f"delta.{quoted(self.index.centroids)}"
 
     def _probes(self) -> list[tuple[str, str, str, int | str | None]]:
+        if self.schema is not None:
+            return []
         return [("probes", "INT", "cells of the index to look in; unset: what its recall takes", "NULL")]
 
-    def _number_of_probes(self, name: str) -> str:
-        """How many cells to look in: as asked for, else by k what was measured; in any case enough to hold k rows."""
+    def _number_of_probes(self, name: str, *, rows: bool = False, spare: int = 0) -> str:
+        """How many cells to look in: as asked for, else by k what was measured; in any case enough to hold k chunks.
+
+        rows: to hold chunks of k rows of the source. spare: so many more chunks, which do not count.
+        """
         if self.index is None:
             return ""
         made, k = self.index.made, f"{quoted(name)}.`k`"
         default = self._cells_for(k)
-        enough = " ".join(f"WHEN {k} <= {rows} THEN {number}" for rows, number in self.index.enough)
+        held = self.index.enough_rows if rows else self.index.enough
+        enough = " ".join(f"WHEN {k} <= {at_least - spare} THEN {number}" for at_least, number in held)
         given = f"{quoted(name)}.`probes`"
         asked = f"CASE WHEN {given} IS NULL THEN {default} ELSE greatest({given}, 1) END"
         return f", CAST(greatest({asked}, CASE {enough} ELSE {made.cells} END) AS INT) AS `__probes`"
@@ -273,7 +281,14 @@ class _Sql:
         return f"SELECT {self.named}, s.`__score` FROM ({ranked}) s WHERE s.`__nth` <= greatest({quoted(name)}.`k`, 1)"
 
     def _query_vector(
-        self, name: str, *, exact: bool = False, more: str = "", check: str = "true", cells: bool = True
+        self,
+        name: str,
+        *,
+        exact: bool = False,
+        more: str = "",
+        check: str = "true",
+        cells: bool = True,
+        rows: bool = False,
     ) -> str:
         """The one row that everything else is joined with: what makes a query be encoded once; then the cells.
 
@@ -282,7 +297,7 @@ class _Sql:
         What is wrong is told by `__ok`, which the optimizer keeps where nobody looks at scores, as in `count(*)`.
         """
         has_cells = cells and not exact
-        more += self._number_of_probes(name) if has_cells else ""
+        more += self._number_of_probes(name, rows=rows) if has_cells else ""
         after = self._cells(PRODUCT) if has_cells else ""
         if self.served.encoder is None:
             refused = _refuse(name, self.served.problem or "", code=None)

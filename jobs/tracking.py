@@ -12,7 +12,7 @@ RUN_ID_TAG = "shoal.run_id"
 
 # Left alone, MLflow's client retries an unreachable server for minutes; a nightly run has better things to do.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
-_FINISHED = {"published", "unchanged"}
+_FAILED = {"failed", "refused", "busy"}
 
 
 def send(record: dict[str, Any], tracking: TrackingConfig) -> str:
@@ -42,7 +42,7 @@ def send(record: dict[str, Any], tracking: TrackingConfig) -> str:
     for name, value in _tags(record, tracking).items() if known else ():
         client.set_tag(mlflow_id, name, value)
     _log(client, mlflow_id, record)
-    status = "FINISHED" if record["status"] in _FINISHED else "FAILED"
+    status = "FAILED" if record["status"] in _FAILED else "FINISHED"
     client.set_terminated(mlflow_id, status=status, end_time=record["ended_ms"])
     return mlflow_id
 

@@ -27,14 +27,13 @@ def train_cells(sample_ND: npt.NDArray[np.float32], num_cells: int, *, seed: int
     """
     if num_cells < 1:
         raise ValueError(f"num_cells is {num_cells}; ask for at least 1.")
-    different_ND = np.unique(_unit(sample_ND), axis=0)
-    if len(different_ND) == 0:
+    if len(sample_ND) == 0:
         raise ValueError("the sample has no vectors; give at least one.")
-    if len(different_ND) <= num_cells:
-        return different_ND
+    unit_ND = _unit(sample_ND)
+    if len({hash(vector_D.tobytes()) for vector_D in unit_ND}) <= num_cells:
+        return np.unique(unit_ND, axis=0)
     from sklearn.cluster import BisectingKMeans, KMeans
 
-    unit_ND = _unit(sample_ND)
     cut = BisectingKMeans(num_cells, bisecting_strategy="largest_cluster", max_iter=20, random_state=seed)
     start_CD = cut.fit(unit_ND).cluster_centers_
     found = KMeans(num_cells, init=start_CD, n_init=1, max_iter=ROUNDS, random_state=seed).fit(unit_ND)

@@ -17,9 +17,10 @@ from pyspark.sql import functions as F
 from shoal.conf.errors import ConfigError, RefusedError
 from shoal.conf.loader import load_run
 from shoal.jobs.audit import audit
+from shoal.jobs.bookkeeping import Bookkeeper
 from shoal.jobs.cells import CELL, FRESH, Index, cell_sizes, number_of_cells, read_build
 from shoal.jobs.cli import main
-from shoal.jobs.embed import embed
+from shoal.jobs.embed import Hooks, embed
 from shoal.jobs.index import index
 from shoal.jobs.index_report import files_read, index_report
 from shoal.jobs.layout import TableRef, table_of
@@ -45,7 +46,7 @@ EMPTY = 3
 
 def night(
     spark: SparkSession, folder: Path, ids: range | list[int], *, changed: int | None = None, refresh: bool = False,
-    **settings: Any,
+    hooks: Hooks | None = None, **settings: Any,
 ) -> Report:  # fmt: skip
     """One `shoal embed` of these rows; one of them has another text than before."""
     rows = [
@@ -69,7 +70,7 @@ def night(
         "tracking": {"enabled": False},
     } | settings  # fmt: skip
     (folder / "run.yaml").write_text(json.dumps(run))
-    return embed(spark, load_run(folder / "run.yaml"), full_refresh=refresh)
+    return embed(spark, load_run(folder / "run.yaml"), full_refresh=refresh, hooks=hooks)
 
 
 def ref_of(spark: SparkSession, folder: Path) -> TableRef:
@@ -228,6 +229,66 @@ def test_k_rows_come_however_few_cells_were_measured_to_be_enough(spark: SparkSe
     assert spark.sql("SELECT * FROM docs_search('text 9', 100, 1)").count() == 100
 
 
+def test_rows_of_many_chunks_are_found_whole_and_do_not_make_others_slow(spark: SparkSession, tmp_path: Path) -> None:
+    night(spark, tmp_path, range(60), chunk={"tokens": 1})
+    ref = ref_of(spark, tmp_path)
+    long = " ".join(f"word{n}" for n in range(40))
+    rows = [{"id": n, "body": long if n == 0 else f"text {n}", "lang": "de"} for n in range(60)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    embed(spark, load_run(tmp_path / "run.yaml"))
+    index(spark, str(ref), cells=4)
+    served = install(spark, {"docs": str(ref)}).served["docs"].index
+    assert served is not None
+    assert served.longest == 40
+    answer = spark.sql("SELECT * FROM docs_search('word7', 1, 1)")
+    assert answer.collect()[0]["text"] == "word7"
+    # One cell holds enough chunks for this; k rows might all be in the last.
+    assert files_read(answer) <= 2
+    assert len({row["id"] for row in spark.sql("SELECT * FROM docs_best('word7', 60, 1)").collect()}) == 60
+    assert spark.sql("SELECT * FROM docs_similar(0, 59, 1)").count() == 59
+
+
+def test_an_index_does_not_make_the_table_forget_what_it_has_seen_of_its_source(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    source = str(tmp_path / "source")
+    rows = spark.range(50).selectExpr("CAST(id AS INT) AS id", "concat('text ', id) AS body", "'de' AS lang")
+    rows.write.format("delta").option("delta.enableChangeDataFeed", "true").save(source)
+    reads = {"format": "delta", "path": source, "key": "id", "text": "body", "columns": ["lang"]}
+    night(spark, tmp_path, [], source=reads)
+    spark.sql(f"UPDATE delta.`{source}` SET body = body WHERE id = 1")
+    assert night(spark, tmp_path, [], source=reads).status == "unchanged"
+    index(spark, str(ref_of(spark, tmp_path)), cells=2)
+    report = night(spark, tmp_path, [], source=reads)
+    assert (report.status, report.difference) == ("unchanged", "feed from version 1 to 1")
+
+
+def test_a_run_that_died_after_its_maintenance_is_written_down(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night(spark, tmp_path, range(30))
+    ref = ref_of(spark, tmp_path)
+
+    def die(step: str) -> None:
+        if step == "try removed":
+            raise KeyboardInterrupt
+
+    asked = {"index": {"cells": 2, "min_chunks": 10}, "maintenance": "auto"}
+    monkeypatch.setattr("shoal.jobs.maintenance._why_vacuum", lambda *_, **__: ["it is time"])
+    with pytest.raises(KeyboardInterrupt):
+        night(spark, tmp_path, range(40), hooks=Hooks(step=die), **asked)
+    committed = table_of_ours(spark, str(ref)).ours
+    assert committed is not None
+    assert committed.state is not None
+    assert committed.state.record["verb"] == "index"
+    written = {run["run_id"] for run in Bookkeeper(spark, ref, print).records()}
+    night_id = committed.state.run_id.removesuffix("-index")
+    assert written & {night_id, f"{night_id}-index"} == {f"{night_id}-index"}
+    assert night(spark, tmp_path, range(40)).status == "unchanged"
+    records = {run["run_id"]: run for run in Bookkeeper(spark, ref, print).records()}
+    assert records[night_id]["version"] == committed.version - 1
+
+
 def test_a_match_looks_in_cells_until_they_hold_enough_rows_that_match(spark: SparkSession, folder: Path) -> None:
     ref = ref_of(spark, folder)
     night(spark, folder, [*range(ROWS), 1000, 1001])
@@ -345,12 +406,24 @@ def test_an_index_without_its_centroids_says_what_to_do(spark: SparkSession, fol
     ref = ref_of(spark, folder)
     night(spark, folder, range(ROWS + 1))
     spark.sql(f"DELETE FROM delta.`{ref.cells}`")
-    with pytest.raises(RefusedError, match=r"`shoal index` builds it anew") as caught:
-        optimize(spark, str(ref))
+    said: list[str] = []
+    assert optimize(spark, str(ref), say=said.append)["optimize"]["folded"] == 0
+    assert "`shoal index` builds it anew" in " ".join(said)
+    with pytest.raises(RefusedError) as caught:
+        index_report(spark, str(ref))
     assert caught.value.code == "INDEX_DAMAGED"
     (finding,) = audit(spark, str(ref)).findings
     assert finding.code == "INDEX_DAMAGED"
-    index(spark, str(ref), cells=3)
+    # Nothing is lost meanwhile: every vector is looked at.
+    functions = install(spark, {"docs": str(ref)})
+    assert "[INDEX_DAMAGED]" in str(functions.served["docs"].index_problem)
+    assert hits(spark.sql("SELECT * FROM docs_search('text 9', 7)").collect()) == hits(exact(spark, "text 9", 7))
+    report = night(spark, folder, range(ROWS + 1), maintenance="auto")
+    assert report.maintenance is not None
+    assert report.maintenance["index"]["reasons"] == ["its centroids are gone"]
+    made = table_of_ours(spark, str(ref)).index
+    assert made is not None
+    assert (made.asked, made.cells) == (CELLS, CELLS)
     assert audit(spark, str(ref)).is_clean
 
 

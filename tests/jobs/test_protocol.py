@@ -329,6 +329,7 @@ def test_a_second_run_is_told_who_holds_the_table_and_takes_over_as_soon_as_that
     assert_nothing_is_left(spark, ref, record["fingerprint"])
 
 
+@pytest.mark.long
 def test_a_run_that_stood_still_and_was_overtaken_loses_cleanly(
     spark: SparkSession, after_day: Path, waiting: Callable[[str], subprocess.Popen[str]], tmp_path: Path
 ) -> None:
