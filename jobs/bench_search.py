@@ -5,6 +5,7 @@ Each query is asked through Hive's own JDBC client, which says how long each too
 found is compared with an exact search by numpy's products.
 """
 
+import importlib
 import os
 import re
 import statistics
@@ -18,10 +19,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyspark
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 
 from shoal.conf.errors import ConfigError, RunError
 from shoal.conf.run import EncoderConfig
@@ -148,17 +147,16 @@ class _Bench:
         self.functions.create()
         queries_QD = self.queries_QD
 
-        @F.pandas_udf("array<float>")  # type: ignore[call-overload]
-        def embed(names: pd.Series, texts: pd.Series) -> pd.Series:
-            del names
-            return texts.map(lambda text: queries_QD[int(text[1:])])
+        def embed(name: str, text: str) -> list[float]:
+            del name
+            return queries_QD[int(text[1:])].tolist()
 
-        self.spark.udf.register(EMBED, embed)
+        self.spark.udf.register(EMBED, embed, "array<float>")
 
     def _library(self) -> dict[str, Any]:
         """FAISS, flat, in this process, with all vectors in memory: what one machine can do without Spark."""
         try:
-            import faiss
+            faiss = importlib.import_module("faiss")
         except ImportError:
             return {"form": "FAISS flat", "seconds": None, "recall": None}
         rows: DataFrame = self.table.published().rows(self.spark).select("id", "embedding")

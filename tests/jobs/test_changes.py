@@ -379,6 +379,7 @@ def test_what_the_feed_cannot_tell_is_found_by_comparing_everything_and_the_reas
         assert re.match(reason, difference)
 
 
+@pytest.mark.long
 def test_a_catalog_table_is_read_by_its_feed_and_columns_may_be_renamed(spark: SparkSession, tmp_path: Path) -> None:
     spark.sql("CREATE SCHEMA IF NOT EXISTS feeds")
     spark.sql(

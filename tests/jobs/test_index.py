@@ -233,6 +233,7 @@ def test_k_rows_come_however_few_cells_were_measured_to_be_enough(spark: SparkSe
     assert spark.sql("SELECT * FROM docs_search('text 9', 100, 1)").count() == 100
 
 
+@pytest.mark.long
 def test_rows_of_many_chunks_are_found_whole_and_do_not_make_others_slow(spark: SparkSession, tmp_path: Path) -> None:
     night(spark, tmp_path, range(60), chunk={"tokens": 1})
     ref = ref_of(spark, tmp_path)
@@ -356,6 +357,7 @@ def test_a_restore_takes_table_and_index_back_together(spark: SparkSession, fold
     assert night(spark, folder, range(ROWS)).status == "unchanged"
 
 
+@pytest.mark.long
 def test_a_table_made_anew_keeps_its_cells_only_with_its_encoder(spark: SparkSession, folder: Path) -> None:
     ref = ref_of(spark, folder)
     first = table_of_ours(spark, str(ref)).index
@@ -406,6 +408,7 @@ def test_what_was_purged_stays_gone_and_the_index_stays(spark: SparkSession, fol
     assert 7 not in {row["id"] for row in spark.sql(f"SELECT id FROM docs_search('text 7', {ROWS})").collect()}
 
 
+@pytest.mark.long
 def test_an_index_without_its_centroids_says_what_to_do(spark: SparkSession, folder: Path) -> None:
     ref = ref_of(spark, folder)
     night(spark, folder, range(ROWS + 1))

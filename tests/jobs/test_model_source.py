@@ -239,6 +239,7 @@ def test_a_registry_model_that_is_not_there_is_a_model_error(registry, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_model_that_mlflow_logged_is_described_from_the_registry(tmp_path):
     """Logged in another process: only the test that logs needs torch."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"

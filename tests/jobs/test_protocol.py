@@ -162,7 +162,7 @@ REPLACE, MERGE = "CREATE OR REPLACE TABLE AS SELECT", "MERGE"
         pytest.param(True, "audited", False, marks=pytest.mark.long),
         pytest.param(False, "fenced", False, marks=pytest.mark.long),
         pytest.param(False, "landed", True, marks=pytest.mark.long),
-        (True, "landed", True),
+        pytest.param(True, "landed", True, marks=pytest.mark.long),
         pytest.param(True, "recorded", True, marks=pytest.mark.long),
         pytest.param(False, "tracked", True, marks=pytest.mark.long),
         pytest.param(True, "trimmed", True, marks=pytest.mark.long),

@@ -195,6 +195,7 @@ def test_what_others_wrote_is_undone_but_does_not_come_back(spark: SparkSession,
     assert night(spark, folder, NIGHT, NEW).status == "unchanged"
 
 
+@pytest.mark.long
 def test_rows_that_were_purged_stay_erased(spark: SparkSession, folder: Path) -> None:
     def stop(name: str) -> None:
         if name == "marked":
