@@ -73,6 +73,7 @@ class _Bench:
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
+        self._true: dict[tuple[int, str], list[set[int]]] = {}
         self.queries_QD = self.table.queries(QUERIES)
         self.functions = Functions(self.spark, {NAME: self.table.path}, self.say)
 
@@ -129,18 +130,22 @@ class _Bench:
             statement.format(q=f"q{number}", vector=_literal(query_D), path=self.table.path)
             for number, query_D in enumerate(self.queries_QD)
         ]
-        took = _beeline(self.endpoint.jdbc, asked * times)[-len(asked) :]
-        found = [[row["id"] for row in self.spark.sql(one).collect()] for one in asked] if times > 1 else None
-        recall = self._recall(found, where) if found is not None else None
-        seconds = round(statistics.median(took), 3)
-        self.say(f"{name}: {seconds:.3f} s" + ("" if recall is None else f", recall {recall:.3f}"))
+        took, found = _beeline(self.endpoint.jdbc, asked * times)
+        recall = self._recall(found[-len(asked) :], where)
+        seconds = round(statistics.median(took[-len(asked) :]), 3)
+        self.say(f"{name}: {seconds:.3f} s, recall {recall:.3f}")
         return {"form": name, "seconds": seconds, "recall": recall}
 
     def _recall(self, found: Sequence[Sequence[int]], where: str) -> float:
-        rows = self.table.published().rows(self.spark).where(where)
-        true = nearest(rows, ["id"], self.queries_QD, K)
-        hits = [len({row["id"] for row in neighbours} & set(ids)) for neighbours, ids in zip(true, found, strict=True)]
-        return round(sum(hits) / max(1, sum(len(neighbours) for neighbours in true)), 4)
+        published = self.table.published()
+        key = (published.version, where)
+        if key not in self._true:
+            rows = published.rows(self.spark).where(where)
+            hits = nearest(rows, ["id"], self.queries_QD, K)
+            self._true[key] = [{row["id"] for row in neighbours} for neighbours in hits]
+        true = self._true[key]
+        num_found = sum(len(wanted & set(ids)) for wanted, ids in zip(true, found, strict=True))
+        return round(num_found / max(1, sum(len(wanted) for wanted in true)), 4)
 
     def _follow(self) -> None:
         """The functions of the newest version, with the queries of the bench in the place of an encoder."""
@@ -187,23 +192,29 @@ def _literal(query_D: npt.NDArray[np.float32]) -> str:
     return f"CAST(array({', '.join(f'{value:.8e}' for value in query_D.tolist())}) AS ARRAY<FLOAT>)"
 
 
-def _beeline(jdbc: str, statements: Sequence[str]) -> list[float]:
-    """Seconds of each statement, one after another in one connection, as Hive's JDBC client says them."""
+def _beeline(jdbc: str, statements: Sequence[str]) -> tuple[list[float], list[list[int]]]:
+    """Seconds and ids of each statement, one after another in one connection, as Hive's JDBC client says them."""
     home = Path(pyspark.__file__).parent
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
         script.write("".join(f"{statement};\n" for statement in statements))
         script.flush()
         command = [
             str(home / "bin" / "spark-class"), "org.apache.hive.beeline.BeeLine", "-u", jdbc, "-n", "bench",
-            "-f", script.name,
+            "--outputformat=csv2", "--showHeader=true", "-f", script.name,
         ]  # fmt: skip
         environment = {**os.environ, "SPARK_HOME": str(home)}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    took = [float(seconds) for seconds in TOOK.findall(done.stdout + done.stderr)]
-    if len(took) != len(statements):
+    took = [float(seconds) for seconds in TOOK.findall(done.stderr)]
+    found: list[list[int]] = []
+    for line in done.stdout.splitlines():
+        if line == "id":
+            found.append([])
+        elif line.isdecimal() and found:
+            found[-1].append(int(line))
+    if not len(took) == len(found) == len(statements):
         told = [line for line in done.stderr.splitlines() if "rror" in line]
         raise RunError(f"beeline answered {len(took)} of {len(statements)} queries: {(told or ['no error told'])[0]}")
-    return took
+    return took, found
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -19,13 +19,11 @@ from shoal.jobs.cells import (
     CELL,
     FRESH,
     Index,
-    cell_sizes,
     damaged,
     number_of_cells,
     read_build,
     write_build,
 )
-from shoal.jobs.changes import last_unchanged
 from shoal.jobs.hashing import quoted
 from shoal.jobs.nearest import nearest
 from shoal.jobs.operation import Operation
@@ -95,21 +93,20 @@ def build(operation: Operation, *, cells: int | None = None, recall: float = REC
         return publish_index(spark, target, gathered(placed, published), made, state)
 
     reason = f"indexed in {made.cells} cells"
-    return operation.publish(write, INDEXED, _base(operation), index=made.public(), reason=reason)
+    return operation.publish(write, INDEXED, index=made.public(), reason=reason)
 
 
 def fold(operation: Operation) -> dict[str, Any] | None:
-    """Puts the rows of the fresh cell into theirs, in one MERGE that changes nothing else; None where there are none.
+    """Puts the rows of the fresh cell into theirs, in one MERGE that changes nothing else.
 
-    Under the caller's lease. Nothing is done, and said, where others have changed rows, which a commit of ours would
-    hide, and where the centroids are gone.
+    Under the caller's lease. None: nothing was done, as was said, where others have changed rows, which a commit of
+    ours would hide, and where the centroids are gone.
     `fit` of the record's `fold` is the mean cosine of these rows with their centroids: well below that of the build,
     the rows to come are unlike those that the centroids were trained on.
     """
     spark, published = operation.spark, operation.published
     made = published.index
-    if made is None or FRESH not in cell_sizes(spark, published.ref.sql):
-        return None
+    assert made is not None  # noqa: S101 - there are fresh rows in tables with an index alone
     if published.changed_by_others(spark):
         operation.say("fresh rows stay where they are: others wrote to the table, see `shoal audit`")
         return None
@@ -132,7 +129,6 @@ def fold(operation: Operation) -> dict[str, Any] | None:
             f"MERGE INTO {published.ref.sql} AS t USING {view} AS s ON {on} "
             f"WHEN MATCHED THEN UPDATE SET t.{CELL} = s.{CELL}",
             FOLDED,
-            _base(operation),
             fold=told,
             reason=f"{told['rows']} fresh rows folded into their cells",
         )
@@ -148,16 +144,6 @@ def gathered(placed: DataFrame, published: Published) -> DataFrame:
 def has_drifted(fit: float, made: Index) -> bool:
     """Whether rows with this mean product with their centroids are unlike those that the index was built on."""
     return fit < made.fit * (1 - MAX_DRIFT)
-
-
-def _base(operation: Operation) -> dict[str, Any] | None:
-    """What the record goes on from: our newest, with what nights without changes have seen of the source since."""
-    published = operation.published
-    state = published.ours.state if published.ours else None
-    seen = last_unchanged(operation.spark, published.ref, published)
-    if state is None or seen is None:
-        return state.record if state else None
-    return {**state.record, **{name: seen.get(name) for name in ("source_state", "source_version")}}
 
 
 def _require_ours(spark: SparkSession, published: Published) -> None:

@@ -5,7 +5,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -25,6 +25,8 @@ from shoal.jobs.layout import TableRef, read_delta
 from shoal.jobs.operation import Operation
 from shoal.jobs.published import Published
 from shoal.jobs.sweep import Part, stale_encoders, sweep, tables
+
+Cells = Mapping[int | None, CellSize]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class Due:
     vacuum: tuple[str, ...]
     size: TableSize
     last_vacuum_ms: int | None
+    fresh_rows: int = 0
+    last_fit: float | None = None
+    """Both of a table with an index: rows that wait to be folded in, and how well those before fitted their cells."""
 
     def public(self) -> dict[str, Any]:
         return {
@@ -79,25 +84,28 @@ def due(
 
     `index`: what the run file says of it.
     """
-    limits = thresholds_of(spark, published, thresholds)
-    size = size_of(spark, published.ref.sql, limits.small_bytes)
-    last, first = _vacuums(spark, published.ref)
     cells = cell_sizes(spark, published.ref.sql) if published.index else {}
+    limits = thresholds_of(published, cells, thresholds)
+    size = size_of(spark, published.ref.sql, limits.small_bytes)
+    fit = last_fit(spark, published, limits.drifted_rows)
+    last, first = _vacuums(spark, published.ref)
     return Due(
-        tuple(_why_index(spark, published, size, cells, index, limits)),
+        tuple(_why_index(spark, published, size, cells, fit, index, limits)),
         (*_why_fold(published.index, cells, limits), *_why_optimize(spark, published, size, limits)),
         tuple(_why_vacuum(spark, published, last or first, thresholds, is_first=last is None)),
         size,
         last,
+        cells[FRESH].rows if FRESH in cells else 0,
+        fit,
     )
 
 
-def thresholds_of(spark: SparkSession, published: Published, thresholds: Thresholds = DEFAULT) -> Thresholds:
+def thresholds_of(published: Published, cells: Cells, thresholds: Thresholds = DEFAULT) -> Thresholds:
     """The same for a table in cells: a file per cell is as few as there can be, and small is what is less than half."""
     made = published.index
     if made is None:
         return thresholds
-    num_bytes = size_of(spark, published.ref.sql).bytes
+    num_bytes = sum(cell.bytes for cell in cells.values())
     return replace(
         thresholds,
         small_bytes=min(thresholds.small_bytes, num_bytes // made.cells // 2),
@@ -109,7 +117,8 @@ def _why_index(
     spark: SparkSession,
     published: Published,
     size: TableSize,
-    cells: dict[int | None, CellSize],
+    cells: Cells,
+    fit: float | None,
     wanted: IndexConfig | None,
     limits: Thresholds,
 ) -> list[str]:
@@ -128,7 +137,6 @@ def _why_index(
     balance = max(own, default=0) * made.cells / max(1, sum(own))
     if balance > made.balance * limits.imbalance:
         why.append(f"the largest cell has {balance:.1f} times the mean ({made.balance:.1f} when the cells were made)")
-    fit = last_fit(spark, published, limits.drifted_rows)
     if fit is not None and has_drifted(fit, made):
         why.append(f"the rows folded in last are unlike the cells (mean cosine {fit:.3f}, {made.fit:.3f} at the build)")
     return why
@@ -152,7 +160,7 @@ def last_fit(spark: SparkSession, published: Published, min_rows: int = DEFAULT.
     return None if found is None else float(found)
 
 
-def _why_fold(made: Index | None, cells: dict[int | None, CellSize], limits: Thresholds) -> list[str]:
+def _why_fold(made: Index | None, cells: Cells, limits: Thresholds) -> list[str]:
     if made is None or FRESH not in cells:
         return []
     looked_in = min(made.probes.values()) / made.cells * sum(size.rows for size in cells.values())
@@ -204,14 +212,15 @@ def optimize_tables(operation: Operation, *, thresholds: Thresholds = DEFAULT) -
     `before` and `after` of each, `folded` rows, and `at_ms`.
     """
     spark, published = operation.spark, operation.published
-    limits = thresholds_of(spark, published, thresholds)
+    cells = cell_sizes(spark, published.ref.sql) if published.index else {}
+    limits = thresholds_of(published, cells, thresholds)
     small = {"published": limits.small_bytes}
     before = {
         name: size_of(spark, sql, small.get(name, thresholds.small_bytes))
         for name, sql in tables(spark, published.ref).items()
     }
     # Its commit is a run of its own in the books: the other record tells what all of this came to.
-    folded = fold(replace(operation, run_id=f"{operation.run_id}-fold"))
+    folded = fold(replace(operation, run_id=f"{operation.run_id}-fold")) if FRESH in cells else None
     found: dict[str, Any] = {}
     for name, sql in tables(spark, published.ref).items():
         operation.lease.check()

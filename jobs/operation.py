@@ -13,6 +13,7 @@ from pyspark.sql import SparkSession
 from shoal.conf.errors import ShoalError
 from shoal.conf.run import TrackingConfig
 from shoal.jobs.bookkeeping import Bookkeeper, drop_work, new_run_id
+from shoal.jobs.changes import last_unchanged
 from shoal.jobs.filesystem import FileSystem
 from shoal.jobs.layout import TableRef, table_named
 from shoal.jobs.lease import Lease, held
@@ -39,6 +40,17 @@ class Operation:
     @property
     def ref(self) -> TableRef:
         return self.published.ref
+
+    def newest(self) -> dict[str, Any]:
+        """What our newest commit says, with what nights without changes have seen of the source since.
+
+        A commit of a later generation hides those nights: it has to carry on what they saw.
+        """
+        state = self.published.ours.state if self.published.ours else None
+        if state is None:
+            return {}
+        seen = last_unchanged(self.spark, self.ref, self.published) or {}
+        return {**state.record, **{name: seen[name] for name in ("source_state", "source_version") if name in seen}}
 
     def record(self, status: str, base: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
         """A record as the runs table keeps them: what `base` (unset: our newest commit) says, with nothing encoded."""
@@ -96,7 +108,7 @@ class Operation:
         self.lease.check()
         generation = max(self.published.generation, self.books.last_generation()) + 1
         target = Target(self.ref, self.published, self.published.table_id, generation)
-        record = self.record(status, base, **more) | {"generation": generation}
+        record = self.record(status, base or self.newest(), **more) | {"generation": generation}
         version = write(target, State(self.run_id, generation, record))
         self.step("committed")
         record["version"] = version

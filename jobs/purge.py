@@ -108,9 +108,9 @@ class _Purging:
     wanted: DataFrame | None
 
     def __post_init__(self) -> None:
-        ours = self.operation.published.ours
         # What the purge's own records go on from: our newest, without what it quotes from rows.
-        self.base = masked_record(ours.state.record) if ours and ours.state else None
+        newest = self.operation.newest()
+        self.base = masked_record(newest) if newest else None
 
     def go(self) -> Purge:
         operation, published = self.operation, self.operation.published

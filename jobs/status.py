@@ -20,12 +20,11 @@ from shoal.conf.errors import DestinationError, ShoalError, code_of
 from shoal.conf.redact import MASK
 from shoal.conf.run import RunConfig
 from shoal.jobs.bookkeeping import Bookkeeper
-from shoal.jobs.cells import FRESH, cell_sizes
 from shoal.jobs.changes import find_difference, last_unchanged
 from shoal.jobs.filesystem import FileSystem
 from shoal.jobs.layout import TableRef, table_named
 from shoal.jobs.lease import died_here, holder
-from shoal.jobs.maintenance import due, last_fit
+from shoal.jobs.maintenance import Due, due
 from shoal.jobs.published import Published, exists, read_published
 from shoal.jobs.source import delta_target, read_source
 
@@ -75,6 +74,7 @@ def _status_of(spark: SparkSession, table: str, max_lag: timedelta | None, pendi
     config = _config_of(last)
     lag = _lag(spark, config, ref, published, good)
     wanted = config.index if isinstance(config, RunConfig) else None
+    to_do = due(spark, published, index=wanted) if published else None
     found = {
         "table": str(ref),
         "version": published.version if published else None,
@@ -88,8 +88,8 @@ def _status_of(spark: SparkSession, table: str, max_lag: timedelta | None, pendi
         "pending": _pending(spark, config, ref, published, lag, asked=pending),
         **_chunks(spark, published),
         "migration": last.get("migration") if last else None,
-        "index": _index(spark, published),
-        "maintenance": due(spark, published, index=wanted).public() if published else None,
+        "index": _index(published, to_do),
+        "maintenance": to_do.public() if to_do else None,
         "lease": _lease(spark, ref),
         "foreign": [
             {"version": commit.version, "operation": commit.operation, "user": commit.user}
@@ -214,13 +214,12 @@ def _chunks(spark: SparkSession, published: Published | None) -> dict[str, Any]:
     return {"chunks": sum(counts.values()), "errors": dict(sorted(errors.items()))}
 
 
-def _index(spark: SparkSession, published: Published | None) -> dict[str, Any] | None:
+def _index(published: Published | None, to_do: Due | None) -> dict[str, Any] | None:
     """The build that the rows are in, with the rows that wait in the fresh cell and how well those before fitted."""
     made = published.index if published else None
-    if published is None or made is None:
+    if made is None or to_do is None:
         return None
-    fresh = cell_sizes(spark, published.ref.sql).get(FRESH)
-    return {**made.public(), "fresh_rows": fresh.rows if fresh else 0, "last_fit": last_fit(spark, published)}
+    return {**made.public(), "fresh_rows": to_do.fresh_rows, "last_fit": to_do.last_fit}
 
 
 def _lease(spark: SparkSession, ref: TableRef) -> dict[str, Any] | None:

@@ -33,7 +33,6 @@ from shoal.jobs.restore import Wanted, restore
 from shoal.jobs.sql_functions import _ENCODERS, install
 from shoal.jobs.sql_text import EMBED
 from shoal.jobs.status import lines, status
-from shoal.jobs.status import status as status_of
 from shoal.udfs.cells import nearest_cells
 from shoal.udfs.hash_encoder import hash_vectors
 from shoal.udfs.query_udf import embed_queries
@@ -378,7 +377,7 @@ def test_runs_build_and_fold_where_the_run_file_asks_for_it(spark: SparkSession,
     }  # fmt: skip
     ref = ref_of(spark, tmp_path)
     night(spark, tmp_path, range(120), **asked)
-    (found,) = status_of(spark, [str(ref)])
+    (found,) = status(spark, [str(ref)])
     assert found["maintenance"]["index"] == ["the run file asks for an index, and 120 chunks have none"]
     report = night(spark, tmp_path, range(120), maintenance="auto", **asked)
     assert report.status == "unchanged"
