@@ -44,6 +44,7 @@ CODES: Final[abc.Mapping[str, str]] = types.MappingProxyType(
         "DESTINATION_UNWRITABLE": "the destination cannot be written, or its schema is not there",
         "ENCODER_CHANGED": "the run file asks for another encoder than the table has",
         "ENCODER_COLLAPSED": "most texts got one and the same vector",
+        "TERMS_CHANGED": "the table's terms were cut by another stemmer than the one here",
         "INDEX_DAMAGED": "the index does not fit the table's rows, or its centroids are gone",
         "ENCODERS_DIFFER": "two tables to be joined have vectors of different encoders",
         "LIMIT_MIN_ROWS": "the source has fewer rows than limits.min_rows",

@@ -20,6 +20,8 @@ from shoal.conf.section import (
     Section,
     SettingPath,
     SettingProblem,
+    StemmerName,
+    TermPattern,
     Text,
     checked,
     raise_all,
@@ -300,6 +302,22 @@ class IndexConfig(Section):
     )
 
 
+class LexicalConfig(Section):
+    """The terms of each text beside its vector, for BM25 and hybrid search in SQL."""
+
+    pattern: TermPattern = Field(
+        default=r"\w\w+", description="A term, as a regular expression of Python over the text in lower case."
+    )
+    stopwords: tuple[Text, ...] = Field(
+        default=(),
+        description="Words in lower case that are no terms. BM25 gives words that most texts have next to "
+        "no weight, so that none need be named.",
+    )
+    stemmer: StemmerName | None = Field(
+        default=None, description="Language whose Snowball stemmer cuts `wings` and `wing` to one term; unset: none."
+    )
+
+
 class MigrationConfig(Section):
     """How the vectors of `next_encoder` come to be while the table goes on serving those of `encoder`."""
 
@@ -354,6 +372,9 @@ class RunConfig(Section):
     encode: EncodeConfig = Field(default_factory=EncodeConfig, description="Speed and price of the encode phase.")
     index: IndexConfig | None = Field(
         default=None, description="Index of the table for search in SQL; without it a search reads all vectors."
+    )
+    lexical: LexicalConfig | None = Field(
+        default=None, description="Terms for BM25 and hybrid search in SQL; without it the table has none."
     )
     maintenance: Literal["manual", "auto"] = Field(
         default="manual",

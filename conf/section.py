@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -134,6 +134,17 @@ def _timestamp(value: str) -> str:
     return value
 
 
+def _term_pattern(value: str) -> str:
+    if isinstance(value, str):
+        try:
+            compiled = re.compile(value)
+        except re.error as error:
+            raise ValueError(f"write a regular expression of Python: {error}") from None
+        if compiled.fullmatch(""):
+            raise ValueError("it matches nothing at all as a term; write one that needs a character at least")
+    return value
+
+
 def _model_reference(value: str) -> str:
     if isinstance(value, str):
         model_form(value)
@@ -151,6 +162,12 @@ Memory = Annotated[str, BeforeValidator(checked(r"[1-9]\d*[kKmMgGtT]", "write a 
 ModelReference = Annotated[str, BeforeValidator(_model_reference)]
 Timestamp = Annotated[str, BeforeValidator(_timestamp)]
 TextTemplate = Annotated[str, BeforeValidator(_template)]
+TermPattern = Annotated[str, BeforeValidator(_term_pattern)]
+StemmerName = Literal[
+    "arabic", "armenian", "basque", "catalan", "danish", "dutch", "english", "finnish", "french", "german", "greek",
+    "hindi", "hungarian", "indonesian", "irish", "italian", "lithuanian", "nepali", "norwegian", "porter",
+    "portuguese", "romanian", "russian", "serbian", "spanish", "swedish", "tamil", "turkish", "yiddish",
+]  # fmt: skip
 PositiveInt = Annotated[StrictInt, Field(ge=1)]
 NaturalInt = Annotated[StrictInt, Field(ge=0)]
 Price = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]

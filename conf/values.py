@@ -25,6 +25,7 @@ SHOAL_COLUMNS = (
     "error",
     "embedded_at",
     "cell",
+    "bm25_terms",
 )
 """Columns of a published table that Shoal owns: no key or metadata column may take their names, in any case."""
 

@@ -32,7 +32,7 @@ from shoal.jobs.nearest import nearest
 from shoal.jobs.operation import operating
 from shoal.jobs.prepare import model_cache
 from shoal.jobs.sql_functions import Functions
-from shoal.jobs.sql_text import EMBED
+from shoal.jobs.sql_parts import EMBED
 from shoal.jobs.synthetic_vectors import PER_MILLE, SyntheticVectors
 from shoal.jobs.thrift import Endpoint, session_settings, thrift_server
 

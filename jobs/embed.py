@@ -230,9 +230,9 @@ class _Run:
     def _plan_rows(self, source: SourceRows, published: Published | None, work: EncoderWork) -> RowPlan:
         report, config = self.report, self.config
         report.source_version = source.version
-        columns = published_columns(source, store_text=config.destination.store_text)
+        columns, fingerprint = published_columns(source, config), work.spec.fingerprint
         anew = replace_reason(
-            published, source, columns, self.spark, work.spec.fingerprint, full_refresh=self.full_refresh
+            published, source, columns, self.spark, fingerprint, work.lexical, full_refresh=self.full_refresh
         )
         if anew and published is not None:
             self.hooks.say(f"the table is written anew: {anew}")
@@ -369,7 +369,7 @@ class _Run:
             if rows.replace:
                 described = work.encoding.described(self.config.tracking.uri)
                 report.version = publish_replace(
-                    self.spark, target, settings, rows, content, work.spec, described, state
+                    self.spark, target, settings, rows, content, work.spec, described, state, work.lexical
                 )
             else:
                 report.version = publish_merge(self.spark, target, rows, content, state)

@@ -26,6 +26,7 @@ from shoal.jobs.session import slots
 from shoal.jobs.staging import staged_errors, staged_vectors
 from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.progress import ProgressReceiver, ProgressTarget
+from shoal.udfs.terms import describe_terms
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class EncoderWork:
     @property
     def spec(self) -> EncoderSpec:
         return self.encoding.spec
+
+    @property
+    def lexical(self) -> str | None:
+        """What cuts the terms of the rows to come; None without `lexical` in the run file."""
+        return describe_terms(self.config.lexical)
 
     def plan_chunks(
         self, rows: RowPlan, published: Published | None, take: Take | None = None
@@ -152,7 +158,8 @@ class EncoderWork:
         """The rows to publish."""
         vectors = have.vectors(chunks.contents())
         failed = staged_errors(self.spark, self.ref, self.spec.fingerprint)
-        return assemble(rows, chunks.chunks, vectors, failed, store_text=self.config.destination.store_text)
+        store_text = self.config.destination.store_text
+        return assemble(rows, chunks.chunks, vectors, failed, store_text=store_text, lexical=self.lexical)
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ class Migration:
         destination = work.config.destination
         try:
             report.version = publish_replace(
-                work.spark, target, destination, plan.rows, content, spec, described, state
+                work.spark, target, destination, plan.rows, content, spec, described, state, work.lexical
             )
         except BaseException:
             report.status = "failed"

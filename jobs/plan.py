@@ -20,6 +20,7 @@ from shoal.jobs.prepare import Encoders, describe_encoders, replace_reason, reso
 from shoal.jobs.publish import published_columns
 from shoal.jobs.published import Published, read_published
 from shoal.jobs.source import SourceRows, read_source
+from shoal.udfs.terms import describe_terms
 
 
 def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) -> dict[str, Any]:
@@ -35,8 +36,8 @@ def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) 
     )
     spec = encoding.spec
     source = read_source(spark, config.source, config.chunk)
-    columns = published_columns(source, store_text=config.destination.store_text)
-    replace = replace_reason(published, source, columns, spark, spec.fingerprint, full_refresh=full_refresh)
+    columns, lexical = published_columns(source, config), describe_terms(config.lexical)
+    replace = replace_reason(published, source, columns, spark, spec.fingerprint, lexical, full_refresh=full_refresh)
     kept: list[DataFrame] = []
 
     def keep(name: str, table: DataFrame, *, partition_by: str | None = None) -> DataFrame:

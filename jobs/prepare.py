@@ -189,13 +189,14 @@ def replace_reason(
     columns: dict[str, str],
     spark: SparkSession,
     fingerprint: str,
+    lexical: str | None,
     *,
     full_refresh: bool,
 ) -> str | None:
     """Why the whole table has to be written anew, None when a MERGE of the difference will do.
 
-    `columns`: name -> type of the columns that this run would publish. Raises RefusedError when the key columns differ
-    and nobody asked for a full refresh.
+    `columns`: name -> type of the columns that this run would publish; `lexical`: how it cuts terms. Raises
+    RefusedError when the key columns differ and nobody asked for a full refresh.
     """
     if published is None:
         return "first run"
@@ -224,7 +225,9 @@ def replace_reason(
     if missing_constraints(published.properties, int(published.encoder["identity"]["dim"])):
         return "its constraints are gone"
     differing = sorted(name for name in old.keys() | columns.keys() if old.get(name) != columns.get(name))
-    return f"columns changed: {', '.join(differing)}" if differing else None
+    if differing:
+        return f"columns changed: {', '.join(differing)}"
+    return "its terms were cut by other settings" if published.lexical != lexical else None
 
 
 def model_cache() -> Path:

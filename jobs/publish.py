@@ -18,7 +18,7 @@ from pyspark.sql import DataFrame, DataFrameWriterV2, SparkSession
 from pyspark.sql import functions as F
 
 from shoal.conf.errors import DestinationError, OvertakenError, RunError
-from shoal.conf.run import DestinationConfig
+from shoal.conf.run import DestinationConfig, RunConfig
 from shoal.jobs.cells import CELL, INDEX_PROPERTY, Index, fresh_cell
 from shoal.jobs.filesystem import full_disk
 from shoal.jobs.hashing import quoted
@@ -30,9 +30,11 @@ from shoal.jobs.published import (
     FORMAT,
     FORMAT_PROPERTY,
     KEYS_PROPERTY,
+    LEXICAL_PROPERTY,
     METADATA_PROPERTY,
     SIDECAR_PROPERTY,
     TABLE_ID_PROPERTY,
+    TERMS,
     USER_METADATA,
     WITHOUT_DATA_CHANGE,
     Published,
@@ -43,6 +45,7 @@ from shoal.jobs.published import (
 from shoal.jobs.session import with_settings
 from shoal.jobs.source import ROW_TEXT, SourceRows
 from shoal.udfs.encoder_spec import EncoderSpec
+from shoal.udfs.terms_udf import terms_udf
 
 _TXN_APP = "spark.databricks.delta.write.txnAppId"
 _TXN_VERSION = "spark.databricks.delta.write.txnVersion"
@@ -71,15 +74,26 @@ def new_table_id() -> str:
     return uuid.uuid4().hex
 
 
-def assemble(rows: RowPlan, chunks: DataFrame, vectors: DataFrame, errors: DataFrame, *, store_text: bool) -> DataFrame:
+def assemble(
+    rows: RowPlan,
+    chunks: DataFrame,
+    vectors: DataFrame,
+    errors: DataFrame,
+    *,
+    store_text: bool,
+    lexical: str | None = None,
+) -> DataFrame:
     """The published rows of a plan: every chunk of every row, with its vector or with the reason why it has none.
 
     `vectors`: content_hash, embedding, n_tokens, truncated, embedded_at, one row per hash; `errors`: content_hash,
-    n_tokens, truncated, error, embedded_at of content that the encoder failed on.
+    n_tokens, truncated, error, embedded_at of content that the encoder failed on. `lexical`: what `describe_terms`
+    says, for a table with terms.
     """
     keys = [quoted(key) for key in rows.keys]
     metadata = [quoted(name) for name in rows.metadata]
     text = [F.col("text")] if store_text else []
+    # Text that is no UTF-8 would end the Python worker.
+    terms = [terms_udf()(F.lit(lexical), F.make_valid_utf8("text")).alias(TERMS)] if lexical else []
     with_chunks = rows.published.drop(ROW_TEXT).join(chunks, on="row_hash", how="inner")
     with_vectors = with_chunks.join(vectors, on="content_hash", how="left")
     why = errors.select("content_hash", *[F.col(name).alias(f"__{name}") for name in _OF_ERRORS])
@@ -101,6 +115,7 @@ def assemble(rows: RowPlan, chunks: DataFrame, vectors: DataFrame, errors: DataF
         F.coalesce(filled["truncated"], F.lit(False)).alias("truncated"),
         filled["error"].alias("error"),
         filled["embedded_at"].alias("embedded_at"),
+        *terms,
         *metadata,
     )
 
@@ -178,6 +193,7 @@ def publish_replace(
     spec: EncoderSpec,
     encoder: dict,
     state: State,
+    lexical: str | None = None,
 ) -> int:
     """One createOrReplace: rows, schema, identity and constraints change together; the table's history goes on.
 
@@ -187,7 +203,7 @@ def publish_replace(
     if is_indexed(target, spec):
         # Whatever cells the rows had, maintenance puts them into theirs again.
         content = content.withColumn(CELL, fresh_cell(F.col("embedding")))
-    properties = table_properties(target, settings, rows, spec, encoder)
+    properties = table_properties(target, settings, rows, spec, encoder, lexical)
     return _replace(spark, target, _replacing(spark, target, content, properties), state)
 
 
@@ -217,12 +233,18 @@ def _replace(spark: SparkSession, target: Target, writer: DataFrameWriterV2, sta
 
 
 def table_properties(
-    target: Target, settings: DestinationConfig, rows: RowPlan, spec: EncoderSpec, encoder: dict
+    target: Target,
+    settings: DestinationConfig,
+    rows: RowPlan,
+    spec: EncoderSpec,
+    encoder: dict,
+    lexical: str | None = None,
 ) -> dict[str, str]:
     """Everything that the table says of itself; the user's own properties first, so that ours stand."""
     kept = kept_properties(target.before) if target.before else {}
     if not is_indexed(target, spec):
         kept.pop(INDEX_PROPERTY, None)
+    kept.pop(LEXICAL_PROPERTY, None)
     ours = {
         FORMAT_PROPERTY: str(FORMAT),
         TABLE_ID_PROPERTY: target.table_id,
@@ -231,6 +253,7 @@ def table_properties(
         KEYS_PROPERTY: json.dumps(list(rows.keys)),
         METADATA_PROPERTY: json.dumps(list(rows.metadata)),
         **({SIDECAR_PROPERTY: settings.sidecar} if settings.sidecar else {}),
+        **({LEXICAL_PROPERTY: lexical} if lexical else {}),
         **constraints_of(spec.dim),
     }
     stats = _statistics_columns(rows)
@@ -291,13 +314,13 @@ def _literal(text: str) -> str:
     return f"'{escaped}'"
 
 
-def published_columns(source: SourceRows, *, store_text: bool) -> dict[str, str]:
+def published_columns(source: SourceRows, config: RunConfig) -> dict[str, str]:
     """Name -> type of every column that a run over this source publishes."""
     fixed = {
         "chunk_index": "int",
         "chunk_start": "int",
         "chunk_end": "int",
-        **({"text": "string"} if store_text else {}),
+        **({"text": "string"} if config.destination.store_text else {}),
         "content_hash": "binary",
         "row_hash": "binary",
         "meta_hash": "binary",
@@ -306,6 +329,7 @@ def published_columns(source: SourceRows, *, store_text: bool) -> dict[str, str]
         "truncated": "boolean",
         "error": "string",
         "embedded_at": "timestamp",
+        **({TERMS: "array<string>"} if config.lexical else {}),
     }
     own = {name: source.rows.schema[name].dataType.simpleString() for name in (*source.keys, *source.metadata)}
     return fixed | own

@@ -25,6 +25,10 @@ ENCODER_PROPERTY = "shoal.encoder"
 KEYS_PROPERTY = "shoal.keys"
 SIDECAR_PROPERTY = "shoal.sidecar"
 METADATA_PROPERTY = "shoal.metadata"
+LEXICAL_PROPERTY = "shoal.lexical"
+
+TERMS = "bm25_terms"
+"""The column of a table with terms: those of each chunk's text in their order, NULL where it has no text."""
 
 USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
 """The session setting that SQL commands, and a table's first write, take their commit's metadata from."""
@@ -97,6 +101,11 @@ class Published:
     @property
     def metadata(self) -> tuple[str, ...]:
         return tuple(json.loads(self.properties[METADATA_PROPERTY]))
+
+    @property
+    def lexical(self) -> str | None:
+        """What the terms of the rows were cut by, as `describe_terms` says it; None for a table without terms."""
+        return self.properties.get(LEXICAL_PROPERTY)
 
     @property
     def index(self) -> Index | None:

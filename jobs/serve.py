@@ -13,7 +13,8 @@ from pyspark.sql import SparkSession
 
 from shoal.conf.errors import RunError, first_line
 from shoal.jobs.sql_functions import Functions
-from shoal.jobs.sql_text import EMBED, names_of
+from shoal.jobs.sql_parts import EMBED
+from shoal.jobs.sql_text import names_of
 from shoal.jobs.thrift import Endpoint, require_authentication, thrift_server
 
 FOLLOW_S = 1.0

@@ -62,6 +62,8 @@ class ServedTable:
     has_text: bool
     dim: int
     encoder: QueryEncoder | None
+    lexical: str | None = None
+    """What the terms of the rows were cut by, None for a table without terms."""
     problem: str | None = None
     index: ServedIndex | None = None
     index_problem: str | None = None
@@ -108,6 +110,7 @@ def read_served(spark: SparkSession, name: str, table: str) -> ServedTable:
         has_text="text" in types,
         dim=int(published.encoder["identity"]["dim"]),
         encoder=encoder,
+        lexical=published.lexical,
         problem=problem,
         index=index,
         index_problem=index_problem,

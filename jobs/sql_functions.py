@@ -15,8 +15,11 @@ from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ConfigError, ShoalError, code_of, first_line
 from shoal.jobs.served_table import ServedTable, has_been_moved, has_moved, read_served
-from shoal.jobs.sql_text import EMBED, statements
+from shoal.jobs.sql_lexical import TERMS_OF
+from shoal.jobs.sql_parts import EMBED
+from shoal.jobs.sql_text import statements
 from shoal.udfs.query_udf import QueryEncoder, query_udf
+from shoal.udfs.terms_udf import terms_udf
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ class Functions:
         if served.encoder is not None:
             encoders[served.encoder_key] = served.encoder
         self.spark.udf.register(EMBED, query_udf(encoders))
+        self.spark.udf.register(TERMS_OF, terms_udf())
         for statement in statements(served):
             self.spark.sql(statement)
         # Last: where one of them fails, the next look makes all of them again.

@@ -13,7 +13,7 @@ from shoal.jobs.served_table import read_served
 from shoal.jobs.sql_functions import tables_of
 from shoal.jobs.sql_text import permanent_statements
 
-BY_TEXT = ("search", "match", "best", "scores")
+BY_TEXT = ("search", "match", "best", "scores", "bm25", "hybrid")
 
 
 def sql_install(spark: SparkSession, arguments: Sequence[str], schema: str, *, dry_run: bool) -> dict[str, Any]:

@@ -19,8 +19,8 @@ STDLIB = frozenset(sys.stdlib_module_names)
 ALLOWED = {
     "conf": {"pydantic", "pydantic_core", "yaml"},
     "udfs": {
-        "numpy", "openvino", "pandas", "pyarrow", "semantic_text_splitter", "sentence_transformers", "shoal.conf",
-        "sklearn", "tokenizers", "torch", "transformers",
+        "Stemmer", "numpy", "openvino", "pandas", "pyarrow", "semantic_text_splitter", "sentence_transformers",
+        "shoal.conf", "sklearn", "tokenizers", "torch", "transformers",
     },
     "jobs": {
         "delta", "huggingface_hub", "matplotlib", "mlflow", "numpy", "py4j", "pyarrow", "pyspark", "rich", "shoal.conf",
@@ -60,10 +60,11 @@ ENTRY_FILES = frozenset(
     }
 )
 MAY_IMPORT_ENTRY_FILES = {
-    "cli": ENTRY_FILES | {"bench", "bench_join", "bench_nightly", "bench_scale", "bench_search"},
+    "cli": ENTRY_FILES | {"bench", "bench_join", "bench_nightly", "bench_ranking", "bench_scale", "bench_search"},
     "quickstart": {"embed", "search"},
     "bench": {"embed"},
     "bench_nightly": {"embed"},
+    "bench_ranking": {"embed"},
     "bench_scale": {"embed"},
 }
 

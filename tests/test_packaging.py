@@ -49,6 +49,7 @@ COMMAND_LINE = {
     "bench encode": ["--debug", "--json", "--model", "--texts"],
     "bench join": ["--debug", "--dim", "--json", "--left", "--right"],
     "bench nightly": ["--chunks", "--debug", "--json", "--nights"],
+    "bench ranking": ["--debug", "--json", "--model", "--queries", "--stemmer", "FOLDER"],
     "bench scale": ["--debug", "--json", "--rows"],
     "bench search": ["--debug", "--dim", "--json", "--nights", "--rows"],
 }

@@ -175,6 +175,14 @@ def test_a_column_named_like_one_of_shoals_own_must_be_renamed(setting: str, nam
     assert run(source={setting: [f"{name} AS mine"]}).source.needed_columns
 
 
+@pytest.mark.parametrize(
+    ("pattern", "message"), [("(", "regular expression"), (r"\w*", "needs a character"), ("a|", "needs a character")]
+)
+def test_a_pattern_of_terms_has_to_match_something(pattern: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        run(lexical={"pattern": pattern})
+
+
 def test_secrets_are_not_shown_by_repr_str_or_redacted() -> None:
     config = run(
         source={"path": "s3a://id:geheim@bucket/x", "options": {"password": "geheim", "header": "true"}},

@@ -31,7 +31,7 @@ from shoal.jobs.purge import purge
 from shoal.jobs.report import Report
 from shoal.jobs.restore import Wanted, restore
 from shoal.jobs.sql_functions import _ENCODERS, install
-from shoal.jobs.sql_text import EMBED
+from shoal.jobs.sql_parts import EMBED
 from shoal.jobs.status import lines, status
 from shoal.udfs.cells import nearest_cells
 from shoal.udfs.hash_encoder import hash_vectors

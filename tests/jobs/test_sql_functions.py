@@ -18,7 +18,7 @@ from shoal.conf.loader import load_run
 from shoal.jobs import sql_functions
 from shoal.jobs.embed import embed
 from shoal.jobs.sql_functions import _ENCODERS, Functions, install, name_of, tables_of
-from shoal.jobs.sql_text import EMBED
+from shoal.jobs.sql_parts import EMBED
 from shoal.udfs.hash_encoder import hash_vectors
 from shoal.udfs.query_udf import embed_queries
 

@@ -1,0 +1,148 @@
+"""The SQL functions that look for words: BM25 over the terms of a table, and BM25 fused with the vectors.
+
+In a body, `q` is the one row with the terms of the query, and `w` the same with what each of them weighs in this
+version of the table.
+"""
+
+from shoal.jobs.hashing import quoted
+from shoal.jobs.published import TERMS
+from shoal.jobs.sql_parts import (
+    CODE,
+    Parameter,
+    SqlParts,
+    checked_k,
+    checked_query,
+    k_parameter,
+    literal,
+    query_parameter,
+    refuse,
+)
+
+TERMS_OF = "shoal_terms"
+
+K1, B = 1.2, 0.75
+"""How soon a further occurrence of a term counts for less, and how much longer texts have to say more, as in Lucene."""
+
+DEPTH = 100
+RRF_K = 60
+"""Ranks are fused as 1 / (RRF_K + rank): Cormack, Clarke and Buettcher, SIGIR 2009."""
+
+
+def bm25(sql: SqlParts) -> str:
+    """BM25 as Lucene has it (Robertson and Zaragoza 2009, the variants: Kamphuis et al. 2020)."""
+    name = f"{sql.served.name}_bm25"
+    about = (
+        f"The k chunks of table {sql.served.name} that share the most telling words with a text, by BM25, best first; "
+        "ties by key. Chunks without any of the words are left out."
+    )
+    if sql.served.lexical is None:
+        return sql.function(name, [query_parameter(), k_parameter(), *_parameters()], about, _refused(sql, name))
+    nothing = (
+        f"raise_error(concat('[{CODE}] {name}: the query has no term: ', {quoted(name)}.`query`, '; write words to "
+        "look for'))"
+    )
+    ok = f"{checked_k(name)} AND CASE WHEN size(q.`__terms`) = 0 THEN {nothing} ELSE true END"
+    body = f"WITH {_weights(sql, name, ok)} {sql.best_k(name, _scored(sql, name))}"
+    return sql.function(name, [query_parameter(), k_parameter(), *_parameters()], about, body)
+
+
+def hybrid(sql: SqlParts) -> str:
+    """The two rankings, fused by rank or by a weighted sum of their scores."""
+    name = f"{sql.served.name}_hybrid"
+    about = (
+        f"The k best chunks of table {sql.served.name} for a text by vectors and words: the best `depth` of "
+        f"{sql.served.name}_search and of {sql.served.name}_bm25, fused by their ranks, or by their scores where a "
+        "weight is given."
+    )
+    parameters: list[Parameter] = [
+        query_parameter(),
+        k_parameter(),
+        ("weight", "DOUBLE", "share of the vectors in a weighted sum of both scores; unset: fused by rank", "NULL"),
+        ("depth", "INT", "candidates of each ranking, at least k", DEPTH),
+        *sql.probes(),
+    ]
+    if sql.served.lexical is None:
+        return sql.function(name, parameters, about, _refused(sql, name))
+    weight, depth = f"{quoted(name)}.`weight`", f"greatest({quoted(name)}.`depth`, {quoted(name)}.`k`, 1)"
+    told = refuse(name, "the weight is below 0 or above 1; give a share, or leave it out")
+    check = f"CASE WHEN coalesce({weight} BETWEEN 0 AND 1, true) THEN true ELSE {told} END"
+    by_vector, by_words = sql.best_k(name, k=depth), sql.best_k(name, _scored(sql), k=depth)
+    ranked = f"{_ranked(sql, by_vector, weight, weight)} UNION ALL {_ranked(sql, by_words, weight, f'1 - {weight}')}"
+    by = [key.name for key in sql.served.keys] + ["chunk_index"]
+    others = [f"any_value(s.{quoted(c.name)}) AS {quoted(c.name)}" for c in sql.columns if c.name not in by]
+    grouped = ", ".join(f"s.{quoted(column)}" for column in by)
+    fused = (
+        f"SELECT {', '.join([grouped, *others])}, CAST(sum(s.`__share`) AS FLOAT) AS `__score` FROM ({ranked}) s "
+        f"GROUP BY {grouped}"
+    )
+    body = f"WITH {sql.query_vector(name, check=check, k=depth)}, {_weights(sql, name)} {sql.best_k(name, fused)}"
+    return sql.function(name, parameters, about, body)
+
+
+def _parameters() -> list[Parameter]:
+    return [
+        ("k1", "DOUBLE", "how soon further occurrences of a word count for less, 0 at once", K1),
+        ("b", "DOUBLE", "how much longer texts have to say more: 0 not at all, 1 in proportion", B),
+    ]
+
+
+def _weights(sql: SqlParts, name: str, ok: str = "true") -> str:
+    """`q`, `n` and `w`: the terms of the query, how many texts have each, what each weighs."""
+    served = sql.served
+    assert served.lexical is not None  # noqa: S101 - the caller has looked
+    found = f"{TERMS_OF}({literal(served.lexical)}, {checked_query(name)})"
+    terms = f"t.{quoted(TERMS)}"
+    # A row for the whole table beside those of the terms: one pass over the column counts both.
+    each = f"explode(concat(array(CAST(NULL AS STRING)), array_intersect({terms}, q.`__terms`)))"
+    counted = (
+        f"SELECT e.`__term`, count(*) AS `__rows`, sum(size({terms})) AS `__length` FROM {sql.relation} t CROSS JOIN q "
+        f"LATERAL VIEW {each} e AS `__term` WHERE {terms} IS NOT NULL GROUP BY e.`__term`"
+    )
+    of_all = "max(CASE WHEN d.`__term` IS NULL THEN d.{} END)"
+    entries = "collect_list(CASE WHEN d.`__term` IS NOT NULL THEN struct(d.`__term`, d.`__rows`) END)"
+    rows = "coalesce(try_element_at(n.`__with`, x), 0)"
+    weight = f"ln(1 + (n.`__rows` - {rows} + 0.5D) / ({rows} + 0.5D))"
+    return (
+        f"q AS (SELECT {found} AS `__terms`), "
+        f"n AS (SELECT {of_all.format('`__rows`')} AS `__rows`, {of_all.format('`__length`')} AS `__length`, "
+        f"map_from_entries({entries}) AS `__with` FROM ({counted}) d), "
+        f"w AS (SELECT q.`__terms`, transform(q.`__terms`, x -> {weight}) AS `__weights`, "
+        f"n.`__length` / nullif(n.`__rows`, 0) AS `__mean`, {ok} AS `__ok` FROM q CROSS JOIN n)"
+    )
+
+
+def _scored(sql: SqlParts, name: str | None = None) -> str:
+    """Every row that has a term of the query, with its score; `name`: of the function, where it has k1 and b."""
+    k1 = _checked(name, "k1", ">= 0", "0 or more") if name else f"{K1}D"
+    b = _checked(name, "b", "BETWEEN 0 AND 1", "0 to 1") if name else f"{B}D"
+    terms = f"t.{quoted(TERMS)}"
+    times = f"(size({terms}) - size(array_remove({terms}, x)))"
+    damped = f"{times} + {k1} * (1 - {b} + {b} * size({terms}) / w.`__mean`)"
+    scores = f"zip_with(w.`__terms`, w.`__weights`, (x, weight) -> weight * {times} / ({damped}))"
+    return (
+        f"SELECT {sql.carried}, CAST(aggregate({scores}, 0D, (total, x) -> total + x) AS FLOAT) AS `__score` "
+        f"FROM {sql.relation} t CROSS JOIN w WHERE w.`__ok` AND arrays_overlap({terms}, w.`__terms`)"
+    )
+
+
+def _checked(name: str, parameter: str, condition: str, wanted: str) -> str:
+    value = f"{quoted(name)}.{quoted(parameter)}"
+    told = refuse(name, f"{parameter} is out of its range; give {wanted}")
+    return f"CASE WHEN coalesce({value} {condition} AND NOT isnan({value}), false) THEN {value} ELSE {told} END"
+
+
+def _ranked(sql: SqlParts, ranking: str, weight: str, share: str) -> str:
+    """The rows of one ranking, with what each adds to the fused score."""
+    nth = f"row_number() OVER (ORDER BY {sql.order})"
+    low, high = "min(s.`__score`) OVER ()", "max(s.`__score`) OVER ()"
+    # From 0 for the last to 1 for the first, since the two scores have nothing in common.
+    scaled = f"coalesce((s.`__score` - {low}) / nullif({high} - {low}, 0), 1)"
+    added = f"CASE WHEN {weight} IS NULL THEN 1D / ({RRF_K} + {nth}) ELSE ({share}) * {scaled} END"
+    return f"SELECT s.*, {added} AS `__share` FROM ({ranking}) s"
+
+
+def _refused(sql: SqlParts, name: str) -> str:
+    """The body for a table without terms."""
+    told = refuse(name, f"table {sql.served.name} has no terms; set `lexical` in its run file and run `shoal embed`")
+    nothing = ", ".join(f"CAST(NULL AS {column.type})" for column in sql.columns)
+    return f"SELECT {nothing}, CAST(NULL AS FLOAT) FROM (SELECT {told} IS NULL AS `__ok`) s WHERE s.`__ok`"
