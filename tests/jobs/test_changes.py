@@ -430,6 +430,7 @@ def test_a_source_that_does_not_go_on_from_the_recorded_state_is_not_read_by_its
     assert _broken(spark, nightly.source, replace(now, **differs), now) == reason
 
 
+@pytest.mark.long
 def test_rows_that_share_a_key_stop_a_night_by_feed_as_they_stop_any_other(nightly: Nightly) -> None:
     nightly.embed()
     nightly.sql("INSERT INTO SOURCE VALUES ('k1', 'other', NULL), ('new', 'one', NULL), ('new', 'one', NULL)")

@@ -83,6 +83,7 @@ def test_config_check_needs_no_spark_and_names_what_is_wrong(
     assert json.loads(capsys.readouterr().out)["properties"].keys() >= {"source", "encoder", "destination"}
 
 
+@pytest.mark.long
 @pytest.mark.spark
 @pytest.mark.slow
 def test_a_tables_whole_life_by_the_command(

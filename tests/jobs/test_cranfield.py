@@ -40,6 +40,7 @@ def require_bm25_of_the_library(spark: SparkSession, table: str, queries: list[s
         )
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not CRANFIELD.is_dir(), reason="the Cranfield collection is not beside this checkout")
 def test_ndcg_of_minilm_through_the_pipeline_is_the_known_one(spark: SparkSession, tmp_path: Path) -> None:
     shutil.copy(CRANFIELD / "corpus.jsonl", tmp_path)

@@ -252,6 +252,7 @@ def test_rows_of_many_chunks_are_found_whole_and_do_not_make_others_slow(spark: 
     assert spark.sql("SELECT * FROM docs_similar(0, 59, 1)").count() == 59
 
 
+@pytest.mark.long
 def test_an_index_does_not_make_the_table_forget_what_it_has_seen_of_its_source(
     spark: SparkSession, tmp_path: Path
 ) -> None:
@@ -267,6 +268,7 @@ def test_an_index_does_not_make_the_table_forget_what_it_has_seen_of_its_source(
     assert (report.status, report.difference) == ("unchanged", "feed from version 1 to 1")
 
 
+@pytest.mark.long
 def test_a_run_that_died_after_its_maintenance_is_written_down(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -447,6 +449,7 @@ def test_rows_in_cells_that_there_are_not_are_found(spark: SparkSession, folder:
     assert "others wrote to the table" in " ".join(said)
 
 
+@pytest.mark.long
 def test_the_report_tells_recall_files_and_time_by_the_cells_looked_in(
     spark: SparkSession, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

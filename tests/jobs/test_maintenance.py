@@ -127,6 +127,7 @@ def test_files_and_deleted_rows_grow_until_what_is_due_is_done_and_stay_bounded_
     assert record["seconds"]["maintain"] > 0
 
 
+@pytest.mark.long
 def test_a_vacuum_is_due_a_while_after_the_first_run_and_again_after_the_last(
     spark: SparkSession, first: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

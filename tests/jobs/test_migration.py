@@ -191,6 +191,7 @@ def test_nights_keep_the_serving_table_current_until_one_commit_switches_it_and_
     assert config.next_encoder is not None
 
 
+@pytest.mark.long
 def test_a_gate_that_the_next_encoder_fails_leaves_the_nights_publication_alone(
     spark: SparkSession, night: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
