@@ -50,6 +50,7 @@ class EncoderWork:
 
     def __post_init__(self) -> None:
         self.trial: Probe | None = None
+        self.trial_is_kept = False
         self.options = options_of(self.config)
 
     @property
@@ -81,7 +82,8 @@ class EncoderWork:
     def probe(self) -> Probe:
         """The encoder's trial: this run's, an earlier one's, or made now; never twice."""
         if self.trial is None:
-            self.trial = self.encoding.probe or load_probe(self.spark, self.ref, self.spec.fingerprint)
+            kept = None if self.encoding.probe else load_probe(self.spark, self.ref, self.spec.fingerprint)
+            self.trial, self.trial_is_kept = self.encoding.probe or kept, kept is not None
         if self.trial is None:
             self.trial, _ = try_out(self.spark, self.spec, self.options)
         return self.trial
@@ -112,7 +114,7 @@ class EncoderWork:
         """Encodes what the plan has to do into staging, under this run id, watching the lease around each wave."""
         assert chunks.todo is not None  # noqa: S101 - there is nothing to encode otherwise
         spec, probe = self.spec, self.probe()
-        if load_probe(self.spark, self.ref, spec.fingerprint) is None:
+        if not self.trial_is_kept and load_probe(self.spark, self.ref, spec.fingerprint) is None:
             save_probe(self.spark, self.ref, spec.fingerprint, spec.backend, probe)
         hooks.step(f"{step_prefix}probed")
         hooks.say(
