@@ -306,12 +306,12 @@ class LexicalConfig(Section):
     """The terms of each text beside its vector, for BM25 and hybrid search in SQL."""
 
     pattern: TermPattern = Field(
-        default=r"\w\w+", description="A term, as a regular expression of Python over the text in lower case."
+        default=r"\w\w+", description="A term, as a regular expression of Python's module regex; case does not count."
     )
     stopwords: tuple[Text, ...] = Field(
         default=(),
-        description="Words in lower case that are no terms. BM25 gives words that most texts have next to "
-        "no weight, so that none need be named.",
+        description="Words that are no terms. BM25 gives words that most texts have next to no weight, so that none "
+        "need be named.",
     )
     stemmer: StemmerName | None = Field(
         default=None, description="Language whose Snowball stemmer cuts `wings` and `wing` to one term; unset: none."

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
+import regex
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -137,9 +138,9 @@ def _timestamp(value: str) -> str:
 def _term_pattern(value: str) -> str:
     if isinstance(value, str):
         try:
-            compiled = re.compile(value)
-        except re.error as error:
-            raise ValueError(f"write a regular expression of Python: {error}") from None
+            compiled = regex.compile(value)
+        except regex.error as error:
+            raise ValueError(f"write a regular expression of Python's module regex: {error}") from None
         if compiled.fullmatch(""):
             raise ValueError("it matches nothing at all as a term; write one that needs a character at least")
     return value

@@ -26,7 +26,7 @@ from shoal.jobs.hashing import HASH_BYTES, columns_hash, content_hash, quoted
 from shoal.jobs.layout import TableRef, read_delta, table_named
 from shoal.jobs.prepare import encoder_of, worker_error
 from shoal.jobs.publish import missing_constraints
-from shoal.jobs.published import Published, commits, exists, read_published
+from shoal.jobs.published import TERMS, Published, commits, exists, read_published
 from shoal.jobs.report import plain
 from shoal.jobs.session import slots, with_settings
 from shoal.udfs import reasons
@@ -418,7 +418,7 @@ def broken_properties(spark: SparkSession, published: Published) -> Iterator[str
         named = [*published.keys, *published.metadata]
         assert published.table_id  # noqa: S101 - reading it is the check
         dim = int(identity["dim"])
-        cell = (CELL,) if published.index else ()
+        ours = {*FIXED_COLUMNS, *((CELL,) if published.index else ()), *((TERMS,) if published.lexical else ())}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         yield f"a property of Shoal's is missing or cannot be read ({type(error).__name__}: {error})"
         return
@@ -427,7 +427,7 @@ def broken_properties(spark: SparkSession, published: Published) -> Iterator[str
     if dim < 1:
         yield f"shoal.encoder has the dimension {dim}"
     there = set(published.rows(spark).columns)
-    if gone := sorted({*named, *FIXED_COLUMNS, *cell} - there):
+    if gone := sorted({*named, *ours} - there):
         yield f"columns are missing: {', '.join(gone)}"
 
 

@@ -205,6 +205,9 @@ def _add_serve(verbs: Any) -> None:
     serve.add_argument(
         "--tls-keystore", type=Path, metavar="FILE", help="encrypt; SHOAL_KEYSTORE_PASSWORD has its password"
     )
+    serve.add_argument(
+        "--reranker", metavar="MODEL", help="a cross-encoder, for NAME_rerank; named as encoder.model is"
+    )
     serve.add_argument("--users", type=Path, metavar="FILE", help="who may in; `shoal passwd` writes it")
     passwd = _add(
         verbs, "passwd", "set the password of a user of `shoal serve`, read from the terminal or stdin", _passwd
@@ -341,7 +344,7 @@ def _serve(args: argparse.Namespace) -> int:
             _print(args, told, verb.lines(told))
 
     with held_catalog(catalog), _spark(session_settings(catalog), "shoal serve") as spark:
-        verb.serve(spark, tables, endpoint, catalog, ready=ready, say=_say)
+        verb.serve(spark, tables, endpoint, catalog, reranker=args.reranker, ready=ready, say=_say)
     return 0
 
 

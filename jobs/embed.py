@@ -38,6 +38,7 @@ from shoal.jobs.prepare import (
     describe_encoders,
     replace_reason,
     resolve_encoder,
+    try_terms,
     worker_error,
 )
 from shoal.jobs.publish import (
@@ -252,6 +253,7 @@ class _Run:
 
     def _plan_chunks(self, rows: RowPlan, published: Published | None, work: EncoderWork) -> tuple[ChunkPlan, Have]:
         report, config = self.report, self.config
+        try_terms(self.spark, work.lexical)
         chunks, have = work.plan_chunks(rows, published)
         report.planned_chunks(chunks)
         found = work.estimate(chunks.todo, chunks.num_todo)

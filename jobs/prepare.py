@@ -9,6 +9,7 @@ from typing import Any
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from shoal.conf import errors
 from shoal.conf.errors import CODE_NOTE, CODES, EncoderChangedError, RefusedError, ShoalError, WorkerError
@@ -26,6 +27,7 @@ from shoal.udfs.encode_udf import make_probe
 from shoal.udfs.encoder import EncodeOptions
 from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.schema import PROBE_OUTPUT_DDL
+from shoal.udfs.terms_udf import terms_udf
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,16 @@ def worker_error(error: PySparkException | Py4JJavaError) -> ShoalError:
     return WorkerError(
         f"an executor failed: {told}; what has been staged is kept, run it again (--debug shows the trace)"
     )
+
+
+def try_terms(spark: SparkSession, described: str | None) -> None:
+    """Has an executor cut a text: a stemmer that it lacks is told before anything is encoded."""
+    if described is None:
+        return
+    try:
+        spark.range(1).select(terms_udf(described)(F.lit("a text"))).collect()
+    except (PySparkException, Py4JJavaError) as error:
+        raise worker_error(error) from error
 
 
 def _noted_code(lines: list[str]) -> str | None:

@@ -93,7 +93,7 @@ def assemble(
     metadata = [quoted(name) for name in rows.metadata]
     text = [F.col("text")] if store_text else []
     # Text that is no UTF-8 would end the Python worker.
-    terms = [terms_udf()(F.lit(lexical), F.make_valid_utf8("text")).alias(TERMS)] if lexical else []
+    terms = [terms_udf(lexical)(F.make_valid_utf8("text")).alias(TERMS)] if lexical else []
     with_chunks = rows.published.drop(ROW_TEXT).join(chunks, on="row_hash", how="inner")
     with_vectors = with_chunks.join(vectors, on="content_hash", how="left")
     why = errors.select("content_hash", *[F.col(name).alias(f"__{name}") for name in _OF_ERRORS])

@@ -12,8 +12,9 @@ from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from shoal.conf.errors import RunError, first_line
-from shoal.jobs.sql_functions import Functions
-from shoal.jobs.sql_parts import EMBED
+from shoal.jobs.sql_functions import Functions, reranker_folder
+from shoal.jobs.sql_parts import EMBED, literal
+from shoal.jobs.sql_rerank import RERANK
 from shoal.jobs.sql_text import names_of
 from shoal.jobs.thrift import Endpoint, require_authentication, thrift_server
 
@@ -30,16 +31,18 @@ def serve(
     endpoint: Endpoint,
     catalog: Path,
     *,
+    reranker: str | None = None,
     ready: Callable[[dict[str, Any]], None],
     say: Callable[[str], None],
 ) -> None:
     """Serves until SIGTERM or SIGINT; `ready` is told once, when clients can connect.
 
-    tables: function name -> path or catalog name; endpoint: a checked one. Raises ConfigError for one that is open to
-    others, DestinationError when a table is not there, RunError when the server or Spark under it dies.
+    tables: function name -> path or catalog name; endpoint: a checked one; reranker: a cross-encoder, named as encoders
+    are in a run file. Raises ConfigError for an endpoint that is open to others, DestinationError when a table is not
+    there, ModelError when the cross-encoder is not, RunError when the server or Spark under it dies.
     """
     require_authentication(spark, endpoint, catalog)
-    functions = Functions(spark, tables, say)
+    functions = Functions(spark, tables, say, reranker_folder(reranker) if reranker else None)
     # A pool of its own: what is looked up for following does not wait behind the clients' queries.
     spark.sparkContext.setLocalProperty("spark.scheduler.pool", "shoal")
     with _stopping(spark) as stop:
@@ -98,6 +101,11 @@ def _keep_warm(spark: SparkSession, functions: Functions, say: Callable[[str], N
             spark.sql(f"SELECT {EMBED}('{table.encoder_key}', 'warm')").collect()
         except (PySparkException, Py4JJavaError) as error:
             say(f"table '{table.name}' cannot be searched by text: {first_line(error)}")
+    if functions.reranker is not None:
+        try:
+            spark.sql(f"SELECT {RERANK}({literal(functions.reranker)}, 'warm', 'warm')").collect()
+        except (PySparkException, Py4JJavaError) as error:
+            say(f"answers cannot be reranked: {first_line(error)}")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from shoal.jobs.filesystem import FileStamp, FileSystem, join
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import TableRef, table_named
 from shoal.jobs.prepare import encoder_of
-from shoal.jobs.published import Published, read_settled
+from shoal.jobs.published import TERMS, Published, read_settled
 from shoal.udfs.query_udf import QueryEncoder
 
 LOG_FILE = "_delta_log/{version:020d}.json"
@@ -110,7 +110,7 @@ def read_served(spark: SparkSession, name: str, table: str) -> ServedTable:
         has_text="text" in types,
         dim=int(published.encoder["identity"]["dim"]),
         encoder=encoder,
-        lexical=published.lexical,
+        lexical=published.lexical if TERMS in types else None,
         problem=problem,
         index=index,
         index_problem=index_problem,

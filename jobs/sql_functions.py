@@ -7,19 +7,26 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import ConfigError, ShoalError, code_of, first_line
+from shoal.conf.errors import ConfigError, ModelError, ShoalError, code_of, first_line
+from shoal.conf.run import EncoderConfig
+from shoal.jobs.model_source import resolve_model
+from shoal.jobs.prepare import model_cache
 from shoal.jobs.served_table import ServedTable, has_been_moved, has_moved, read_served
 from shoal.jobs.sql_lexical import TERMS_OF
 from shoal.jobs.sql_parts import EMBED
+from shoal.jobs.sql_rerank import MMR, RERANK
 from shoal.jobs.sql_text import statements
+from shoal.udfs.mmr_udf import mmr_udf
 from shoal.udfs.query_udf import QueryEncoder, query_udf
-from shoal.udfs.terms_udf import terms_udf
+from shoal.udfs.rerank_udf import rerank_udf
+from shoal.udfs.terms_udf import query_terms_udf
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +41,8 @@ class Functions:
     spark: SparkSession
     tables: Mapping[str, str]
     say: Callable[[str], None]
+    reranker: str | None = None
+    """Folder of a cross-encoder, for all tables."""
     served: dict[str, ServedTable] = field(default_factory=dict)
 
     def create(self) -> None:
@@ -74,21 +83,41 @@ class Functions:
         if served.encoder is not None:
             encoders[served.encoder_key] = served.encoder
         self.spark.udf.register(EMBED, query_udf(encoders))
-        self.spark.udf.register(TERMS_OF, terms_udf())
-        for statement in statements(served):
+        self.spark.udf.register(TERMS_OF, query_terms_udf())
+        self.spark.udf.register(RERANK, rerank_udf())
+        self.spark.udf.register(MMR, mmr_udf())
+        for statement in statements(served, self.reranker):
             self.spark.sql(statement)
         # Last: where one of them fails, the next look makes all of them again.
         self.served[served.name] = served
 
 
-def install(spark: SparkSession, tables: Mapping[str, str]) -> Functions:
-    """The functions in any session with Delta: `install(spark, {"docs": "out/docs"})`, then SQL has `docs_search`."""
+def install(spark: SparkSession, tables: Mapping[str, str], reranker: str | None = None) -> Functions:
+    """The functions in any session with Delta: `install(spark, {"docs": "out/docs"})`, then SQL has `docs_search`.
+
+    reranker: a cross-encoder for `docs_rerank`, named as encoders are in a run file.
+    """
     named = {name_of(name): table for name, table in tables.items()}
     if len(named) < len(tables):
         raise ConfigError(f"tables {sorted(tables)}: two of the names begin functions alike; give one another name")
-    functions = Functions(spark, named, logger.warning)
+    folder = None if reranker is None else reranker_folder(reranker)
+    functions = Functions(spark, named, logger.warning, folder)
     functions.create()
     return functions
+
+
+def reranker_folder(reference: str) -> str:
+    """The folder of a cross-encoder named as an encoder is in a run file; ModelError where it leads nowhere."""
+    try:
+        config = EncoderConfig(model=reference)
+        folder = resolve_model(config, model_cache()).folder
+    except (ModelError, ValueError) as error:
+        raise ModelError(f"reranker {reference!r}: {first_line(error)}", code="MODEL_NOT_FOUND") from error
+    if not folder:
+        raise ModelError(
+            f"reranker {reference!r} is no cross-encoder; name a folder, a package, a Hub id or models:/.."
+        )
+    return str(Path(folder).resolve())
 
 
 def name_of(text: str) -> str:

@@ -12,6 +12,7 @@ from shoal.jobs.sql_parts import (
     SqlParts,
     checked_k,
     checked_query,
+    in_range,
     k_parameter,
     literal,
     query_parameter,
@@ -22,6 +23,8 @@ TERMS_OF = "shoal_terms"
 
 K1, B = 1.2, 0.75
 """How soon a further occurrence of a term counts for less, and how much longer texts have to say more, as in Lucene."""
+
+MAX_K1 = 1000
 
 DEPTH = 100
 RRF_K = 60
@@ -35,15 +38,27 @@ def bm25(sql: SqlParts) -> str:
         f"The k chunks of table {sql.served.name} that share the most telling words with a text, by BM25, best first; "
         "ties by key. Chunks without any of the words are left out."
     )
+    parameters: list[Parameter] = [
+        query_parameter(),
+        k_parameter(),
+        ("k1", "DOUBLE", "how soon further occurrences of a word count for less, 0 at once", K1),
+        ("b", "DOUBLE", "how much longer texts have to say more: 0 not at all, 1 in proportion", B),
+    ]
     if sql.served.lexical is None:
-        return sql.function(name, [query_parameter(), k_parameter(), *_parameters()], about, _refused(sql, name))
+        return sql.function(name, parameters, about, _without_terms(sql, name))
+    k1, b = f"{quoted(name)}.`k1`", f"{quoted(name)}.`b`"
     nothing = (
         f"raise_error(concat('[{CODE}] {name}: the query has no term: ', {quoted(name)}.`query`, '; write words to "
         "look for'))"
     )
-    ok = f"{checked_k(name)} AND CASE WHEN size(q.`__terms`) = 0 THEN {nothing} ELSE true END"
-    body = f"WITH {_weights(sql, name, ok)} {sql.best_k(name, _scored(sql, name))}"
-    return sql.function(name, [query_parameter(), k_parameter(), *_parameters()], about, body)
+    checks = [
+        checked_k(name),
+        in_range(k1, 0, MAX_K1, refuse(name, f"k1 is out of its range; give 0 to {MAX_K1}")),
+        in_range(b, 0, 1, refuse(name, "b is out of its range; give 0 to 1")),
+        f"CASE WHEN size(q.`__terms`) = 0 THEN {nothing} ELSE true END",
+    ]
+    body = f"WITH {_weights(sql, name, ' AND '.join(checks))} {sql.best_k(name, _scored(sql, k1, b))}"
+    return sql.function(name, parameters, about, body)
 
 
 def hybrid(sql: SqlParts) -> str:
@@ -62,28 +77,29 @@ def hybrid(sql: SqlParts) -> str:
         *sql.probes(),
     ]
     if sql.served.lexical is None:
-        return sql.function(name, parameters, about, _refused(sql, name))
+        return sql.function(name, parameters, about, _without_terms(sql, name))
     weight, depth = f"{quoted(name)}.`weight`", f"greatest({quoted(name)}.`depth`, {quoted(name)}.`k`, 1)"
     told = refuse(name, "the weight is below 0 or above 1; give a share, or leave it out")
-    check = f"CASE WHEN coalesce({weight} BETWEEN 0 AND 1, true) THEN true ELSE {told} END"
+    check = f"({weight} IS NULL OR {in_range(weight, 0, 1, told)})"
+    rows, found = fused(sql, name, depth, weight, check)
+    return sql.function(name, parameters, about, f"WITH {rows} {sql.best_k(name, found)}")
+
+
+def fused(sql: SqlParts, name: str, depth: str, weight: str = "NULL", check: str = "true") -> tuple[str, str]:
+    """The rows that everything is computed from, and the chunks that either ranking has, with their fused scores.
+
+    depth, weight: expressions; check: a further condition. For a table with terms.
+    """
     by_vector, by_words = sql.best_k(name, k=depth), sql.best_k(name, _scored(sql), k=depth)
     ranked = f"{_ranked(sql, by_vector, weight, weight)} UNION ALL {_ranked(sql, by_words, weight, f'1 - {weight}')}"
     by = [key.name for key in sql.served.keys] + ["chunk_index"]
     others = [f"any_value(s.{quoted(c.name)}) AS {quoted(c.name)}" for c in sql.columns if c.name not in by]
     grouped = ", ".join(f"s.{quoted(column)}" for column in by)
-    fused = (
+    chunks = (
         f"SELECT {', '.join([grouped, *others])}, CAST(sum(s.`__share`) AS FLOAT) AS `__score` FROM ({ranked}) s "
         f"GROUP BY {grouped}"
     )
-    body = f"WITH {sql.query_vector(name, check=check, k=depth)}, {_weights(sql, name)} {sql.best_k(name, fused)}"
-    return sql.function(name, parameters, about, body)
-
-
-def _parameters() -> list[Parameter]:
-    return [
-        ("k1", "DOUBLE", "how soon further occurrences of a word count for less, 0 at once", K1),
-        ("b", "DOUBLE", "how much longer texts have to say more: 0 not at all, 1 in proportion", B),
-    ]
+    return f"{sql.query_vector(name, check=check, k=depth)}, {_weights(sql, name)}", chunks
 
 
 def _weights(sql: SqlParts, name: str, ok: str = "true") -> str:
@@ -111,24 +127,16 @@ def _weights(sql: SqlParts, name: str, ok: str = "true") -> str:
     )
 
 
-def _scored(sql: SqlParts, name: str | None = None) -> str:
-    """Every row that has a term of the query, with its score; `name`: of the function, where it has k1 and b."""
-    k1 = _checked(name, "k1", ">= 0", "0 or more") if name else f"{K1}D"
-    b = _checked(name, "b", "BETWEEN 0 AND 1", "0 to 1") if name else f"{B}D"
+def _scored(sql: SqlParts, k1: str = f"{K1}D", b: str = f"{B}D") -> str:
+    """Every row that has a term of the query, with its score; k1, b: expressions."""
     terms = f"t.{quoted(TERMS)}"
-    times = f"(size({terms}) - size(array_remove({terms}, x)))"
-    damped = f"{times} + {k1} * (1 - {b} + {b} * size({terms}) / w.`__mean`)"
-    scores = f"zip_with(w.`__terms`, w.`__weights`, (x, weight) -> weight * {times} / ({damped}))"
+    times = f"transform(w.`__terms`, x -> size({terms}) - size(array_remove({terms}, x)))"
+    damping = f"{k1} * (1 - {b} + {b} * size({terms}) / w.`__mean`)"
+    scores = f"zip_with({times}, w.`__weights`, (times, weight) -> weight * times / (times + {damping}))"
     return (
         f"SELECT {sql.carried}, CAST(aggregate({scores}, 0D, (total, x) -> total + x) AS FLOAT) AS `__score` "
         f"FROM {sql.relation} t CROSS JOIN w WHERE w.`__ok` AND arrays_overlap({terms}, w.`__terms`)"
     )
-
-
-def _checked(name: str, parameter: str, condition: str, wanted: str) -> str:
-    value = f"{quoted(name)}.{quoted(parameter)}"
-    told = refuse(name, f"{parameter} is out of its range; give {wanted}")
-    return f"CASE WHEN coalesce({value} {condition} AND NOT isnan({value}), false) THEN {value} ELSE {told} END"
 
 
 def _ranked(sql: SqlParts, ranking: str, weight: str, share: str) -> str:
@@ -137,12 +145,12 @@ def _ranked(sql: SqlParts, ranking: str, weight: str, share: str) -> str:
     low, high = "min(s.`__score`) OVER ()", "max(s.`__score`) OVER ()"
     # From 0 for the last to 1 for the first, since the two scores have nothing in common.
     scaled = f"coalesce((s.`__score` - {low}) / nullif({high} - {low}, 0), 1)"
-    added = f"CASE WHEN {weight} IS NULL THEN 1D / ({RRF_K} + {nth}) ELSE ({share}) * {scaled} END"
-    return f"SELECT s.*, {added} AS `__share` FROM ({ranking}) s"
+    # A query without words has one ranking alone, and its order is to stay.
+    by_rank = f"{weight} IS NULL OR size(q.`__terms`) = 0"
+    added = f"CASE WHEN {by_rank} THEN 1D / ({RRF_K} + {nth}) ELSE ({share}) * {scaled} END"
+    return f"SELECT s.*, {added} AS `__share` FROM ({ranking}) s CROSS JOIN q"
 
 
-def _refused(sql: SqlParts, name: str) -> str:
-    """The body for a table without terms."""
-    told = refuse(name, f"table {sql.served.name} has no terms; set `lexical` in its run file and run `shoal embed`")
-    nothing = ", ".join(f"CAST(NULL AS {column.type})" for column in sql.columns)
-    return f"SELECT {nothing}, CAST(NULL AS FLOAT) FROM (SELECT {told} IS NULL AS `__ok`) s WHERE s.`__ok`"
+def _without_terms(sql: SqlParts, name: str) -> str:
+    told = f"table {sql.served.name} has no terms; set `lexical` in its run file and run `shoal embed`"
+    return sql.refused(name, told)

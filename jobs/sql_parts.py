@@ -47,15 +47,19 @@ class SqlParts:
         self.keys = ", ".join(f"s.{quoted(column.name)}" for column in served.keys)
         self.order = f"s.`__score` DESC, {self.keys}, s.`chunk_index`"
 
-    def scored(self, score: str = PRODUCT, where: str = "true", *, exact: bool = False) -> str:
-        """Every row with a vector, or those in the cells to look in, with scores computed from the one row of `v`."""
+    def scored(self, score: str = PRODUCT, where: str = "true", *, more: str = "", exact: bool = False) -> str:
+        """Every row with a vector, or those in the cells to look in, with scores computed from the one row of `v`.
+
+        more: a further column.
+        """
         if self.index is not None and not exact:
             # A subquery of one row, so that Spark knows the cells before it lists files. Others may have written rows
             # without a cell.
             cells = "array_contains((SELECT p.`__cells` FROM p), t.`cell`)"
             where = f"{where} AND (t.`cell` IS NULL OR t.`cell` = {FRESH} OR {cells})"
         return (
-            f"SELECT {self.carried}, {score.format(vector='t.`embedding`')} AS `__score` FROM {self.relation} t "
+            f"SELECT {self.carried}, {f'{more}, ' if more else ''}{score.format(vector='t.`embedding`')} AS `__score` "
+            f"FROM {self.relation} t "
             f"CROSS JOIN v WHERE t.`embedding` IS NOT NULL AND v.`__ok` AND {where}"
         )
 
@@ -145,6 +149,12 @@ class SqlParts:
         encoded = f"{EMBED}('{self.served.encoder_key}', {text}) AS `__e`"
         return f"v AS (SELECT {encoded}, {' AND '.join(checks)} AS `__ok`{more}){after}"
 
+    def refused(self, name: str, told: str) -> str:
+        """The body of a function that cannot be had, and says why."""
+        nothing = ", ".join(f"CAST(NULL AS {column.type})" for column in self.columns)
+        failing = f"SELECT {refuse(name, told)} IS NULL AS `__ok`"
+        return f"SELECT {nothing}, CAST(NULL AS FLOAT) FROM ({failing}) s WHERE s.`__ok`"
+
     def function(self, name: str, parameters: Sequence[Parameter], about: str, body: str) -> str:
         """The statement that makes a function; the columns of `body` are those of `columns`, then the score."""
         defaults = [f" DEFAULT {default}" if default is not None else "" for _, _, _, default in parameters]
@@ -178,9 +188,15 @@ def checked_k(name: str) -> str:
 
 def checked_query(name: str) -> str:
     """The query, which fails where there is nothing in it."""
-    query = f"{quoted(name)}.`query`"
+    # Text that is no UTF-8 would end the Python worker.
+    query = f"make_valid_utf8({quoted(name)}.`query`)"
     blank = refuse(name, "the query is NULL or blank; write what to look for")
     return f"CASE WHEN coalesce({query} RLIKE r'\\S', false) THEN {query} ELSE {blank} END"
+
+
+def in_range(value: str, low: float, high: float, refused: str) -> str:
+    """True, or the failure of the query for NULL, NaN and what is outside."""
+    return f"CASE WHEN coalesce({value} BETWEEN {low} AND {high}, false) THEN true ELSE {refused} END"
 
 
 def refuse(name: str, told: str, code: str | None = CODE) -> str:

@@ -8,6 +8,7 @@ from shoal.jobs.hashing import quoted
 from shoal.jobs.served_table import Column, ServedTable
 from shoal.jobs.sql_lexical import bm25, hybrid
 from shoal.jobs.sql_parts import CODE, PRODUCT, SqlParts, checked_k, k_parameter, literal, query_parameter, refuse
+from shoal.jobs.sql_rerank import mmr, rerank
 
 # The largest float32: what is beyond it would turn into infinity on the way into a vector.
 MAX_FLOAT = "3.4028234663852886E38D"
@@ -15,14 +16,14 @@ MAX_FLOAT = "3.4028234663852886E38D"
 
 def names_of(served: ServedTable) -> list[str]:
     """The functions of one table, `shoal_embed` left out."""
-    kinds = ("search", "match", "search_vector", "similar", "best", "scores", "bm25", "hybrid")
+    kinds = ("search", "match", "search_vector", "similar", "best", "scores", "bm25", "hybrid", "rerank", "mmr")
     return [f"{served.name}_{kind}" for kind in kinds]
 
 
-def statements(served: ServedTable) -> list[str]:
-    """The statements that make the functions of one table, for a session that has `shoal_embed` and `shoal_terms`.
+def statements(served: ServedTable, reranker: str | None = None) -> list[str]:
+    """The statements that make the functions of one table, for a session that has those in Python.
 
-    They are temporary: Spark lets no permanent function call a Python function.
+    reranker: folder of a cross-encoder. They are temporary: Spark lets no permanent function call a Python function.
     """
     sql = _Sql(served)
     return [
@@ -34,6 +35,8 @@ def statements(served: ServedTable) -> list[str]:
         sql.scores(),
         bm25(sql),
         hybrid(sql),
+        rerank(sql, reranker),
+        mmr(sql),
     ]
 
 

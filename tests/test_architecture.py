@@ -17,10 +17,10 @@ STDLIB = frozenset(sys.stdlib_module_names)
 
 # Whatever is not listed here, and is not the standard library or the package itself, may not be imported.
 ALLOWED = {
-    "conf": {"pydantic", "pydantic_core", "yaml"},
+    "conf": {"pydantic", "pydantic_core", "regex", "yaml"},
     "udfs": {
         "Stemmer", "numpy", "openvino", "pandas", "pyarrow", "semantic_text_splitter", "sentence_transformers",
-        "shoal.conf", "sklearn", "tokenizers", "torch", "transformers",
+        "regex", "shoal.conf", "sklearn", "tokenizers", "torch", "transformers",
     },
     "jobs": {
         "delta", "huggingface_hub", "matplotlib", "mlflow", "numpy", "py4j", "pyarrow", "pyspark", "rich", "shoal.conf",

@@ -5,11 +5,12 @@ its terms were made by, and a query is cut by that.
 """
 
 import json
-import re
+import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import regex
 import Stemmer
 
 from shoal.conf.errors import ConfigError
@@ -27,6 +28,7 @@ def describe_terms(lexical: LexicalConfig | None) -> str | None:
     if lexical is None:
         return None
     found: dict[str, Any] = lexical.model_dump(mode="json")
+    found["stopwords"] = sorted({lower_case(word, lexical.stemmer) for word in lexical.stopwords})
     if lexical.stemmer is not None:
         found["stemmer_version"] = Stemmer.version()
     return json.dumps(found, sort_keys=True, ensure_ascii=False)
@@ -43,17 +45,33 @@ def term_finder(described: str) -> Callable[[str], list[str]]:
     version = settings.pop("stemmer_version", None)
     if version not in (None, Stemmer.version()):
         raise ConfigError(
-            f"the table's terms were cut by version {version} of the stemmer, and here is {Stemmer.version()}: a query "
-            "would look for other stems. Install that version of PyStemmer, or let `shoal embed` make the terms anew",
+            f"the table's terms are cut by version {version} of PyStemmer, and here is {Stemmer.version()}, with other "
+            "stems; install the same version on every machine, or let `shoal embed` cut all terms anew from one that "
+            "has this version",
             code="TERMS_CHANGED",
         )
-    lexical = LexicalConfig.model_validate(settings)
-    pattern, stopwords = re.compile(lexical.pattern), frozenset(lexical.stopwords)
+    try:
+        lexical = LexicalConfig.model_validate(settings)
+    except ValueError as error:
+        raise ConfigError(
+            f"the table's terms are cut by settings that this Shoal does not know ({described}); upgrade Shoal",
+            code="TABLE_FORMAT_NEWER",
+        ) from error
+    pattern, stopwords = regex.compile(lexical.pattern, regex.IGNORECASE), frozenset(lexical.stopwords)
     stems = Stemmer.Stemmer(lexical.stemmer).stemWords if lexical.stemmer else None
 
     def terms(text: str) -> list[str]:
-        words = (match.group() for match in pattern.finditer(text.lower()))
-        kept = [word for word in words if word not in stopwords]
+        words = (match.group() for match in pattern.finditer(lower_case(text, lexical.stemmer)))
+        kept = [word for word in words if word and word not in stopwords]
         return stems(kept) if stems else kept
 
     return terms
+
+
+def lower_case(text: str, language: str | None) -> str:
+    """The text in lower case, in one spelling (NFKC) where two look the same; the Turkish I as that language has it."""
+    text = unicodedata.normalize("NFKC", text)
+    if language == "turkish":
+        text = text.replace("I", "\u0131").replace("\u0130", "i")
+    # Python makes two characters of a capital I with a dot.
+    return text.lower().replace("i\u0307", "i")

@@ -13,8 +13,8 @@ from shoal.jobs.bench_ranking import FORMS, bench_ranking, lines
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
 TEXTS = {"a": "wings of a bird", "b": "heat in a wing", "c": "heat and drag", "d": "a jet of hot air", "e": "drag"}
-QUERIES = {"1": "wing", "2": "hot drag", "3": "nobody judged this"}
-QRELS = {"1": {"b": 2, "a": 1}, "2": {"d": 1}}
+QUERIES = {"1": "wing", "2": "hot drag", "3": "nobody judged this", "4": "?"}
+QRELS = {"1": {"b": 2, "a": 1}, "2": {"d": 1}, "4": {"a": 1}}
 
 
 @pytest.fixture
@@ -34,6 +34,7 @@ def test_every_ranking_is_judged(judged: Path) -> None:
         [*command, "--stemmer", "english", "--json"], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "left out: 1 queries without any word" in done.stderr
     found = json.loads(done.stdout)
     assert (found["rows"], found["queries"], found["stemmer"]) == (5, 2, "english")
     judgements = {ranking["ranking"]: ranking["ndcg"] for ranking in found["rankings"]}

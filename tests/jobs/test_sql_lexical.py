@@ -12,6 +12,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from shoal.conf.loader import load_run
+from shoal.jobs.audit import audit
 from shoal.jobs.embed import embed
 from shoal.jobs.published import TERMS
 from shoal.jobs.report import Report
@@ -105,11 +106,19 @@ def test_the_k_best_come_with_their_text_and_columns(spark: SparkSession, docs: 
     assert spark.sql("SELECT * FROM docs_bm25('zeppelin')").collect() == []
 
 
-def test_a_text_without_a_vector_has_its_words_all_the_same(spark: SparkSession, docs: Path) -> None:
+def test_terms_are_those_of_the_text(spark: SparkSession, docs: Path) -> None:
     terms = {row["id"]: row[TERMS] for row in spark.read.format("delta").load(str(docs / "docs")).collect()}
     assert terms[60] == []
     assert terms[61] is None
     assert terms[1] == corpus()[1].split()  # type: ignore[union-attr]
+
+
+def test_a_chunk_without_a_vector_is_found_by_its_words(spark: SparkSession, tmp_path: Path) -> None:
+    night(spark, tmp_path, {0: "a wing", 1: "a rare zeppelin"}, lexical={})
+    spark.sql(f"UPDATE delta.`{tmp_path / 'docs'}` SET embedding = NULL, error = 'time_limit' WHERE id = 1")
+    install(spark, {"failed": str(tmp_path / "docs")})
+    for function in ("bm25", "hybrid"):
+        assert 1 in {row["id"] for row in spark.sql(f"SELECT id FROM failed_{function}('zeppelin')").collect()}
 
 
 def test_nights_keep_terms_and_weights_right(spark: SparkSession, tmp_path: Path) -> None:
@@ -174,7 +183,8 @@ def test_a_cut_over_keeps_the_terms(spark: SparkSession, tmp_path: Path) -> None
         ("docs_bm25(' ')", "the query is NULL or blank"),
         ("docs_bm25('?!')", r"the query has no term: \?!"),
         ("docs_bm25('wing', 0)", "k is NULL or below 1"),
-        ("docs_bm25('wing', 3, -1)", "k1 is out of its range; give 0 or more"),
+        ("docs_bm25('wing', 3, -1)", "k1 is out of its range; give 0 to 1000"),
+        ("docs_bm25('zeppelin', 3, double('NaN'))", "k1 is out of its range"),
         ("docs_bm25('wing', 3, 1, 1.5)", "b is out of its range; give 0 to 1"),
         ("docs_bm25('wing', 3, 1, NULL)", "b is out of its range"),
         ("docs_hybrid(NULL)", "the query is NULL or blank"),
@@ -230,8 +240,9 @@ def test_a_weight_adds_the_scaled_scores(spark: SparkSession, docs: Path, weight
 
 
 def test_a_query_without_words_is_left_to_the_vectors(spark: SparkSession, docs: Path) -> None:
-    hybrid = spark.sql("SELECT id FROM docs_hybrid('?!', 5)").collect()
-    assert hybrid == spark.sql("SELECT id FROM docs_search('?!', 5)").collect()
+    by_vector = spark.sql("SELECT id FROM docs_search('?!', 5)").collect()
+    for weight in ("NULL", "0"):
+        assert spark.sql(f"SELECT id FROM docs_hybrid('?!', 5, {weight})").collect() == by_vector
 
 
 def test_the_depth_bounds_the_candidates_and_k_is_the_least(spark: SparkSession, docs: Path) -> None:
@@ -239,6 +250,37 @@ def test_the_depth_bounds_the_candidates_and_k_is_the_least(spark: SparkSession,
     few = {*list(ranks(by_vector))[:3], *list(ranks(by_words))[:3]}
     assert {row["id"] for row in spark.sql("SELECT id FROM docs_hybrid('wing', 3, depth => 1)").collect()} <= few
     assert len(spark.sql("SELECT id FROM docs_hybrid('wing', 20, depth => 1)").collect()) == 20
+    fused: dict[int, float] = {}
+    for scores in (by_vector, by_words):
+        for n, rank in list(ranks(scores).items())[:30]:
+            fused[n] = fused.get(n, 0) + 1 / (RRF_K + rank)
+    best = max(fused, key=lambda n: (round(fused[n], 7), -n))
+    (row,) = spark.sql("SELECT * FROM docs_hybrid('wing', 1, depth => 30)").collect()
+    assert (row["id"], row["score"]) == (best, pytest.approx(fused[best], abs=1e-6))
+
+
+def test_keys_and_columns_may_be_called_as_arguments_are(spark: SparkSession, tmp_path: Path) -> None:
+    rows = [{"k": n % 2, "x": n, "weight": n / 2, "depth": None, "body": f"wing {n}"} for n in range(6)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = {
+        "name": "odd",
+        "source": {
+            "format": "json", "path": "corpus.jsonl", "key": ["k", "x"], "text": "body", "columns": ["weight", "depth"],
+            "schema": "k INT, x INT, weight DOUBLE, depth INT, body STRING",
+        },
+        "encoder": {"model": "hash:8"},
+        "destination": {"path": "odd", "store_text": False},
+        "tracking": {"enabled": False},
+        "lexical": {"pattern": "\\w+"},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    embed(spark, load_run(tmp_path / "run.yaml"))
+    install(spark, {"odd": str(tmp_path / "odd")})
+    (row,) = spark.sql("SELECT * FROM odd_bm25('4', 3)").collect()
+    assert (row["k"], row["x"], row["weight"], row["depth"], row["text"]) == (0, 4, 2.0, None, None)
+    best = spark.sql("SELECT * FROM odd_hybrid('5', 6, 0)").collect()
+    assert len(best) == 6
+    assert (best[0]["x"], best[0]["weight"]) == (5, 2.5)
 
 
 @pytest.mark.long
@@ -246,8 +288,12 @@ def test_with_an_index_both_rankings_are_the_same_as_without(spark: SparkSession
     night(spark, tmp_path, corpus(), lexical={})
     install(spark, {"plain": str(tmp_path / "docs")})
     before = spark.sql("SELECT * FROM plain_hybrid('cone', 10)").collect()
-    night(spark, tmp_path, corpus(), lexical={}, maintenance="auto", index={"cells": 4, "min_chunks": 1, "recall": 1.0})
-    install(spark, {"celled": str(tmp_path / "docs")})
+    cells = {"cells": 4, "min_chunks": 1, "recall": 1.0}
+    report = night(spark, tmp_path, corpus(), lexical={}, maintenance="auto", index=cells)
+    assert report.maintenance is not None
+    assert report.maintenance["index"] is not None
+    functions = install(spark, {"celled": str(tmp_path / "docs")})
+    assert functions.served["celled"].index is not None
     assert spark.sql("SELECT * FROM celled_hybrid('cone', 10, probes => 4)").collect() == before
 
 
@@ -258,3 +304,14 @@ def test_text_that_is_no_utf8_has_terms_too(spark: SparkSession, tmp_path: Path,
     embed(spark, load_run(run_file(source=source_of, lexical={})))
     (row,) = spark.read.format("delta").load(str(tmp_path / "out/docs")).collect()
     assert row[TERMS] == ["wing"]
+
+
+def test_a_table_that_has_lost_its_terms_is_found_and_served_without_them(spark: SparkSession, tmp_path: Path) -> None:
+    night(spark, tmp_path, {0: "a wing"}, lexical=None)
+    spark.sql(f"ALTER TABLE delta.`{tmp_path / 'docs'}` SET TBLPROPERTIES ('shoal.lexical' = '{{}}')")
+    (finding,) = [each for each in audit(spark, str(tmp_path / "docs")).findings if each.code == "PROPERTIES_DAMAGED"]
+    assert finding.examples == ("columns are missing: bm25_terms",)
+    install(spark, {"lost": str(tmp_path / "docs")})
+    assert len(spark.sql("SELECT * FROM lost_search('wing')").collect()) == 1
+    with pytest.raises(SQL_ERRORS, match="table lost has no terms"):
+        spark.sql("SELECT * FROM lost_bm25('wing')").collect()
