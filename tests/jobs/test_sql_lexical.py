@@ -306,6 +306,7 @@ def test_text_that_is_no_utf8_has_terms_too(spark: SparkSession, tmp_path: Path,
     assert row[TERMS] == ["wing"]
 
 
+@pytest.mark.long
 def test_a_table_that_has_lost_its_terms_is_found_and_served_without_them(spark: SparkSession, tmp_path: Path) -> None:
     night(spark, tmp_path, {0: "a wing"}, lexical=None)
     spark.sql(f"ALTER TABLE delta.`{tmp_path / 'docs'}` SET TBLPROPERTIES ('shoal.lexical' = '{{}}')")
