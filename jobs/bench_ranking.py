@@ -42,9 +42,7 @@ FORMS = {
     "vectors": f"{NAME}_search({{query}}, {K})",
     "BM25": f"{NAME}_bm25({{query}}, {K})",
     "fused by rank": f"{NAME}_hybrid({{query}}, {K})",
-    "0.3 x vectors + 0.7 x BM25": f"{NAME}_hybrid({{query}}, {K}, 0.3)",
     "0.5 x vectors + 0.5 x BM25": f"{NAME}_hybrid({{query}}, {K}, 0.5)",
-    "0.7 x vectors + 0.3 x BM25": f"{NAME}_hybrid({{query}}, {K}, 0.7)",
 }
 
 
