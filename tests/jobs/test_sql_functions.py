@@ -271,7 +271,7 @@ def test_a_replacement_that_failed_half_way_is_made_at_the_next_look(
     functions = install(spark, {"shaky": path})
     write("shaky", bodies=["a tide"])
     made = sql_functions.statements
-    monkeypatch.setattr(sql_functions, "statements", lambda served: [*made(served)[:2], "SELECT * FROM no_such_table"])
+    monkeypatch.setattr(sql_functions, "statements", lambda *of: [*made(*of)[:2], "SELECT * FROM no_such_table"])
     assert functions.follow() == []
     monkeypatch.undo()
 
