@@ -82,7 +82,6 @@ def bench_ranking(
         "model": model,
         "stemmer": stemmer,
         "k": K,
-        "cores": cores,
         "rankings": found,
     }
 

@@ -80,6 +80,6 @@ def warn_truncated(spec: EncoderSpec, found: Estimate) -> str | None:
     tokens = max(1, spec.max_tokens - 2)
     return (
         f"about {found.truncated_share:.0%} of the texts are longer than the {spec.max_tokens} tokens that "
-        f"{spec.reference} sees, and their ends would be ignored; set `chunk: "
-        f"{{tokens: {tokens}, overlap: {min(32, tokens // 4)}}}`"
+        f"{spec.reference} sees, and their ends would be ignored; set chunk.tokens to {tokens} and chunk.overlap to "
+        f"{min(32, tokens // 4)}"
     )

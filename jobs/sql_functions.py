@@ -47,6 +47,8 @@ class Functions:
 
     def create(self) -> None:
         """Makes the functions of all tables; DestinationError when one of the tables is not there."""
+        for name, udf in ((TERMS_OF, query_terms_udf()), (RERANK, rerank_udf()), (MMR, mmr_udf())):
+            self.spark.udf.register(name, udf)
         for name, table in self.tables.items():
             self._serve(read_served(self.spark, name, table))
 
@@ -83,9 +85,6 @@ class Functions:
         if served.encoder is not None:
             encoders[served.encoder_key] = served.encoder
         self.spark.udf.register(EMBED, query_udf(encoders))
-        self.spark.udf.register(TERMS_OF, query_terms_udf())
-        self.spark.udf.register(RERANK, rerank_udf())
-        self.spark.udf.register(MMR, mmr_udf())
         for statement in statements(served, self.reranker):
             self.spark.sql(statement)
         # Last: where one of them fails, the next look makes all of them again.

@@ -12,6 +12,8 @@ from shoal.jobs.sql_parts import (
     SqlParts,
     checked_k,
     checked_query,
+    depth_of,
+    depth_parameter,
     in_range,
     k_parameter,
     literal,
@@ -26,7 +28,6 @@ K1, B = 1.2, 0.75
 
 MAX_K1 = 1000
 
-DEPTH = 100
 RRF_K = 60
 """Ranks are fused as 1 / (RRF_K + rank): Cormack, Clarke and Buettcher, SIGIR 2009."""
 
@@ -73,30 +74,31 @@ def hybrid(sql: SqlParts) -> str:
         query_parameter(),
         k_parameter(),
         ("weight", "DOUBLE", "share of the vectors in a weighted sum of both scores; unset: fused by rank", "NULL"),
-        ("depth", "INT", "candidates of each ranking, at least k", DEPTH),
+        depth_parameter(),
         *sql.probes(),
     ]
     if sql.served.lexical is None:
         return sql.function(name, parameters, about, _without_terms(sql, name))
-    weight, depth = f"{quoted(name)}.`weight`", f"greatest({quoted(name)}.`depth`, {quoted(name)}.`k`, 1)"
+    weight = f"{quoted(name)}.`weight`"
     told = refuse(name, "the weight is below 0 or above 1; give a share, or leave it out")
     check = f"({weight} IS NULL OR {in_range(weight, 0, 1, told)})"
-    rows, found = fused(sql, name, depth, weight, check)
+    rows, found = fused(sql, name, weight, check)
     return sql.function(name, parameters, about, f"WITH {rows} {sql.best_k(name, found)}")
 
 
-def fused(sql: SqlParts, name: str, depth: str, weight: str = "NULL", check: str = "true") -> tuple[str, str]:
+def fused(sql: SqlParts, name: str, weight: str = "NULL", check: str = "true") -> tuple[str, str]:
     """The rows that everything is computed from, and the chunks that either ranking has, with their fused scores.
 
-    depth, weight: expressions; check: a further condition. For a table with terms.
+    weight: an expression; check: a further condition. For a table with terms and a function with a depth.
     """
-    by_vector, by_words = sql.best_k(name, k=depth), sql.best_k(name, _scored(sql), k=depth)
-    ranked = f"{_ranked(sql, by_vector, weight, weight)} UNION ALL {_ranked(sql, by_words, weight, f'1 - {weight}')}"
+    depth = depth_of(name)
+    by_vector, by_words = sql.ranked(name, k=depth), sql.ranked(name, _scored(sql), k=depth)
+    both = f"{_shares(by_vector, weight, weight)} UNION ALL {_shares(by_words, weight, f'1 - {weight}')}"
     by = [key.name for key in sql.served.keys] + ["chunk_index"]
     others = [f"any_value(s.{quoted(c.name)}) AS {quoted(c.name)}" for c in sql.columns if c.name not in by]
     grouped = ", ".join(f"s.{quoted(column)}" for column in by)
     chunks = (
-        f"SELECT {', '.join([grouped, *others])}, CAST(sum(s.`__share`) AS FLOAT) AS `__score` FROM ({ranked}) s "
+        f"SELECT {', '.join([grouped, *others])}, CAST(sum(s.`__share`) AS FLOAT) AS `__score` FROM ({both}) s "
         f"GROUP BY {grouped}"
     )
     return f"{sql.query_vector(name, check=check, k=depth)}, {_weights(sql, name)}", chunks
@@ -139,15 +141,14 @@ def _scored(sql: SqlParts, k1: str = f"{K1}D", b: str = f"{B}D") -> str:
     )
 
 
-def _ranked(sql: SqlParts, ranking: str, weight: str, share: str) -> str:
+def _shares(ranking: str, weight: str, share: str) -> str:
     """The rows of one ranking, with what each adds to the fused score."""
-    nth = f"row_number() OVER (ORDER BY {sql.order})"
     low, high = "min(s.`__score`) OVER ()", "max(s.`__score`) OVER ()"
     # From 0 for the last to 1 for the first, since the two scores have nothing in common.
     scaled = f"coalesce((s.`__score` - {low}) / nullif({high} - {low}, 0), 1)"
     # A query without words has one ranking alone, and its order is to stay.
     by_rank = f"{weight} IS NULL OR size(q.`__terms`) = 0"
-    added = f"CASE WHEN {by_rank} THEN 1D / ({RRF_K} + {nth}) ELSE ({share}) * {scaled} END"
+    added = f"CASE WHEN {by_rank} THEN 1D / ({RRF_K} + s.`__nth`) ELSE ({share}) * {scaled} END"
     return f"SELECT s.*, {added} AS `__share` FROM ({ranking}) s CROSS JOIN q"
 
 

@@ -12,6 +12,7 @@ from shoal.jobs.served_table import Column, ServedTable
 
 EMBED = "shoal_embed"
 DEFAULT_K = 10
+DEFAULT_DEPTH = 100
 SCORE_NAMES = ("score", "shoal_score")
 CODE = "QUERY_INVALID"
 
@@ -114,11 +115,15 @@ class SqlParts:
 
     def best_k(self, name: str, scored: str | None = None, *, k: str | None = None) -> str:
         """The k best of `scored` (unset: all rows that a search looks at); `k`: an expression (unset: the argument)."""
+        return f"SELECT {self.named}, s.`__score` FROM ({self.ranked(name, scored, k=k)}) s"
+
+    def ranked(self, name: str, scored: str | None = None, *, k: str | None = None) -> str:
+        """The same with all columns of `scored`, and with the rank of each row as `__nth`."""
         nth = f"row_number() OVER (ORDER BY {self.order})"
-        ranked = f"SELECT s.*, {nth} AS `__nth` FROM ({scored or self.scored()}) s"
+        all_ranked = f"SELECT s.*, {nth} AS `__nth` FROM ({scored or self.scored()}) s"
         # With a literal k below 1 the optimizer would empty the plan, and the check of k with it.
         wanted = f"greatest({k or f'{quoted(name)}.`k`'}, 1)"
-        return f"SELECT {self.named}, s.`__score` FROM ({ranked}) s WHERE s.`__nth` <= {wanted}"
+        return f"SELECT s.* FROM ({all_ranked}) s WHERE s.`__nth` <= {wanted}"
 
     def query_vector(
         self,
@@ -178,6 +183,16 @@ def query_parameter() -> Parameter:
 def k_parameter() -> Parameter:
     """How many rows to answer with."""
     return ("k", "INT", "how many", DEFAULT_K)
+
+
+def depth_parameter() -> Parameter:
+    """How many candidates a function takes from a ranking before it chooses among them."""
+    return ("depth", "INT", "how many of the best are looked at, at least k", DEFAULT_DEPTH)
+
+
+def depth_of(name: str) -> str:
+    """That number, for a function with both parameters."""
+    return f"greatest({quoted(name)}.`depth`, {quoted(name)}.`k`)"
 
 
 def checked_k(name: str) -> str:

@@ -1,11 +1,13 @@
 """The SQL functions that look at the best answers once more: by a cross-encoder, or for what is new in them."""
 
 from shoal.jobs.hashing import quoted
-from shoal.jobs.sql_lexical import DEPTH, fused
+from shoal.jobs.sql_lexical import fused
 from shoal.jobs.sql_parts import (
     Parameter,
     SqlParts,
     checked_query,
+    depth_of,
+    depth_parameter,
     in_range,
     k_parameter,
     literal,
@@ -30,7 +32,7 @@ def rerank(sql: SqlParts, model: str | None) -> str:
         f"The k best chunks of table {sql.served.name} for a text, as the server's cross-encoder scores the best "
         f"`depth` of {sql.served.name}_{by}."
     )
-    parameters = [query_parameter(), k_parameter(), _depth(), *sql.probes()]
+    parameters = [query_parameter(), k_parameter(), depth_parameter(), *sql.probes()]
     if model is None or not sql.served.has_text:
         told = (
             f"table {sql.served.name} stores no texts for a cross-encoder to read; set destination.store_text"
@@ -38,9 +40,9 @@ def rerank(sql: SqlParts, model: str | None) -> str:
             else "there is no reranker; start `shoal serve` with --reranker, or give `install` one"
         )
         return sql.function(name, parameters, about, sql.refused(name, told))
-    depth = f"greatest({quoted(name)}.`depth`, {quoted(name)}.`k`, 1)"
+    depth = depth_of(name)
     if sql.served.lexical:
-        rows, found = fused(sql, name, depth)
+        rows, found = fused(sql, name)
         candidates = sql.best_k(name, found, k=depth)
     else:
         rows, candidates = sql.query_vector(name, k=depth), sql.best_k(name, k=depth)
@@ -60,17 +62,13 @@ def mmr(sql: SqlParts) -> str:
         query_parameter(),
         k_parameter(),
         ("relevance", "DOUBLE", "1: the nearest alone count, 0: after the first nothing but unlikeness", RELEVANCE),
-        _depth(),
+        depth_parameter(),
         *sql.probes(),
     ]
-    share, k = f"{quoted(name)}.`relevance`", f"{quoted(name)}.`k`"
-    depth = f"greatest({quoted(name)}.`depth`, {k}, 1)"
+    share, k, depth = f"{quoted(name)}.`relevance`", f"{quoted(name)}.`k`", depth_of(name)
     told = refuse(name, "relevance is NULL, below 0 or above 1; give a share")
     check = in_range(share, 0, 1, told)
-    nth = f"row_number() OVER (ORDER BY {sql.order})"
-    scored = sql.scored(more="t.`embedding` AS `__vector`")
-    ranked = f"SELECT s.*, {nth} AS `__nth` FROM ({scored}) s"
-    nearest = f"SELECT s.* FROM ({ranked}) s WHERE s.`__nth` <= {depth}"
+    nearest = sql.ranked(name, sql.scored(more="t.`embedding` AS `__vector`"), k=depth)
     gathered = "array_sort(collect_list(struct(c.`__nth`, c.`__score`, c.`__vector`)))"
     chosen = f"{MMR}(l.`__all`.`__vector`, l.`__all`.`__score`, {k}, {share})"
     body = (
@@ -82,7 +80,3 @@ def mmr(sql: SqlParts) -> str:
         "ORDER BY h.`__turn`"
     )
     return sql.function(name, parameters, about, body)
-
-
-def _depth() -> Parameter:
-    return ("depth", "INT", "how many of the best are looked at, at least k", DEPTH)

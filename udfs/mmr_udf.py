@@ -37,7 +37,7 @@ def mmr_udf() -> Callable[..., Any]:
 
 
 def maximal_marginal_relevance(
-    vectors_ND: NDArray[np.float32], scores_N: NDArray[np.float32], k: int, relevance: float
+    vectors_ND: NDArray[np.floating], scores_N: NDArray[np.floating], k: int, relevance: float
 ) -> list[int]:
     """The rows of k candidates, each the best of those left by relevance * score - (1 - relevance) * likeness.
 
@@ -45,16 +45,17 @@ def maximal_marginal_relevance(
     the lower row. Carbonell and Goldstein, SIGIR 1998.
     """
     num_rows = len(scores_N)
+    scores_N, vectors_ND = scores_N.astype(np.float64), vectors_ND.astype(np.float64)
     chosen: list[int] = []
     left_N = np.ones(num_rows, dtype=np.bool_)
     likeness_N = np.full(num_rows, -np.inf, dtype=np.float64)
     while len(chosen) < min(k, num_rows):
         penalty_N = likeness_N if chosen else np.zeros(num_rows)
-        worth_N = relevance * scores_N.astype(np.float64) - (1 - relevance) * penalty_N
+        worth_N = relevance * scores_N - (1 - relevance) * penalty_N
         best = int(np.argmax(np.where(left_N, worth_N, -np.inf)))
         chosen.append(best)
         left_N[best] = False
-        likeness_N = np.maximum(likeness_N, vectors_ND.astype(np.float64) @ vectors_ND[best].astype(np.float64))
+        likeness_N = np.maximum(likeness_N, vectors_ND @ vectors_ND[best])
     return chosen
 
 

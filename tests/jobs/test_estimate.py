@@ -6,6 +6,7 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
+from shoal.conf.redact import scrub
 from shoal.conf.run import EncoderConfig
 from shoal.jobs.estimate import MANY_TRUNCATED, SAMPLE, Estimate, count_tokens, estimate, warn_chunks, warn_truncated
 from shoal.udfs.hash_encoder import describe_hash
@@ -50,7 +51,8 @@ def test_many_texts_beyond_the_encoder_are_a_warning_unless_the_run_chunks() -> 
     told = warn_truncated(SPEC, many)
     assert told is not None
     assert told.startswith("about 20% of the texts are longer than the 4 tokens that hash:8 sees")
-    assert "chunk: {tokens: 2," in told
+    assert told.endswith("set chunk.tokens to 2 and chunk.overlap to 0")
+    assert scrub(told, pairs=True) == told, "what a run says is masked, and this is no secret"
     assert warn_truncated(SPEC, few) is None
 
 
@@ -58,16 +60,14 @@ def test_many_texts_beyond_the_encoder_are_a_warning_unless_the_run_chunks() -> 
 def test_the_chunk_setting_that_a_warning_suggests_is_one_that_is_accepted(max_tokens: int) -> None:
     import re
 
-    import yaml
-
     from shoal.conf.run import ChunkConfig
 
     spec = describe_hash(EncoderConfig(model="hash:8", max_tokens=max_tokens))
     told = warn_truncated(spec, Estimate(10, 1.0, None, None)) or ""
-    found = re.search(r"`chunk: (\{.*\})`", told)
+    found = re.search(r"chunk\.tokens to (\d+) and chunk\.overlap to (\d+)$", told)
 
     assert found
-    chunk = ChunkConfig.model_validate(yaml.safe_load(found[1]))
+    chunk = ChunkConfig(tokens=int(found[1]), overlap=int(found[2]))
     assert chunk.tokens <= max_tokens
 
 

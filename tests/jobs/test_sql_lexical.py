@@ -18,7 +18,8 @@ from shoal.jobs.published import TERMS
 from shoal.jobs.report import Report
 from shoal.jobs.restore import Wanted, restore
 from shoal.jobs.sql_functions import install
-from shoal.jobs.sql_lexical import DEPTH, K1, RRF_K, B
+from shoal.jobs.sql_lexical import K1, RRF_K, B
+from shoal.jobs.sql_parts import DEFAULT_DEPTH
 from shoal.udfs.hash_encoder import hash_vectors
 
 pytestmark = pytest.mark.spark
@@ -213,7 +214,7 @@ def rankings(query: str) -> tuple[dict[int, float], dict[int, float]]:
 
 def ranks(scores: dict[int, float]) -> dict[int, int]:
     in_order = sorted(scores, key=lambda n: (-round(scores[n], 5), n))
-    return {n: rank for rank, n in enumerate(in_order[:DEPTH], start=1)}
+    return {n: rank for rank, n in enumerate(in_order[:DEFAULT_DEPTH], start=1)}
 
 
 def test_ranks_are_fused_by_their_reciprocals(spark: SparkSession, docs: Path) -> None:
