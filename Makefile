@@ -112,14 +112,18 @@ check-java:
 	  if [ "$${major:-0}" -lt 17 ]; then echo "make: Java 17 or newer is missing (found: $${major:-none}): install a" \
 	  "JDK or JRE 17 (Debian, Ubuntu: openjdk-17-jre-headless), or set JAVA_HOME" >&2; exit 1; fi
 
+# Every Spark worker is a process of its own. Where PYTHONDONTWRITEBYTECODE is set, as in many images, each would compile
+# torch and transformers anew; so they are compiled here.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory check-python check-java
 	@$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv $(VENV)
 	@$(PY) -m pip install --quiet --upgrade 'pip>=25.1' 'uv>=0.8' || $(PY) -m pip install --quiet --upgrade 'pip>=25.1'
 	@{ [ -x $(VENV)/bin/uv ] \
-	  && $(VENV)/bin/uv pip install --python $(PY) --constraints constraints.txt --editable '$(EXTRAS)' --group dev; } \
+	  && $(VENV)/bin/uv pip install --python $(PY) --compile-bytecode --constraints constraints.txt \
+	  --editable '$(EXTRAS)' --group dev; } \
 	  || { echo "make: going on with pip" >&2; \
 	  $(PY) -m pip install --constraint constraints.txt --editable '$(EXTRAS)' --group dev; }
+	@$(PY) -m compileall -q conf udfs jobs
 	@touch $@
 
 $(JARS): $(INSTALLED)
