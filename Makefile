@@ -38,9 +38,8 @@ help: ## print this help
 
 install: $(JARS) ## make .venv with Shoal, its tools and Delta's jars; quick when nothing changed
 
-jars: $(INSTALLED) check-java ## fetch Delta's jars again; sessions started after that need no network
-	@$(PY) -c 'from shoal.conf.run import SparkConfig; from shoal.jobs.session import open_spark; \
-	  open_spark(SparkConfig(master="local[1]"), app_name="shoal jars").stop()' 2>$(VENV)/jars.log \
+jars: $(INSTALLED) check-java ## fetch Delta's jars and archive Java's classes; then sessions start fast and offline
+	@$(PY) -m shoal.jobs.class_archive 2>$(VENV)/jars.log \
 	  || { tail -n 1 $(VENV)/jars.log >&2; echo "make jars: Delta's jars could not be fetched; the network, or Ivy's" \
 	  "settings for a mirror, have to reach a Maven repository" >&2; exit 1; }
 	@touch $(JARS)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,10 @@ JARS_OF_SPARK = (
 
 # Where Spark's Ivy puts what it has fetched, unless spark.jars.ivy says otherwise.
 IVY_JARS = ".ivy2.5.2/jars"
+NUM_DELTA_JARS = 5
+
+CLASS_ARCHIVE = Path(sys.prefix) / "shoal-classes.jsa"
+"""The Java classes of Spark and Delta as the JVM wants them in memory, if `class_archive.py` has put them there."""
 
 _DEFAULTS = {
     # Delta would refuse every version but the newest that was written longer ago than `retain`, also one that was the
@@ -71,18 +76,23 @@ def open_spark(settings: SparkConfig, *, app_name: str, log_file: Path | None = 
     for key, value in settings.conf.items():
         conf.set(key, value)
     defaults = dict(_DEFAULTS)
-    if (conf.get("spark.master") or "").startswith("local"):
+    master = conf.get("spark.master") or ""
+    if master.startswith("local"):
         defaults |= _LOCAL_DEFAULTS
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    class_path: list[Path] = []
     if not _has_delta(conf):
-        defaults |= {"spark.jars.packages": delta_package(), "spark.jars.excludes": JARS_OF_SPARK}
+        # Asking Ivy takes seconds at every start; the executors of a cluster need what it has found.
+        class_path = _fetched_jars() if re.match(r"local(\[|$)", master) else []
+        if not class_path:
+            defaults |= {"spark.jars.packages": delta_package(), "spark.jars.excludes": JARS_OF_SPARK}
     for key, value in defaults.items():
         conf.setIfMissing(key, value)
     try:
         if "PYSPARK_GATEWAY_PORT" not in os.environ and SparkContext._gateway is None:
             path = log_file or default_log_file()
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as log:
+            with path.open("a") as log, _launching(class_path):
                 gateway = launch_gateway(conf, {"stdout": log, "stderr": log})
             SparkContext._ensure_initialized(gateway=gateway, conf=conf)
         spark = SparkSession.builder.config(conf=conf).getOrCreate()
@@ -113,9 +123,8 @@ def delta_package() -> str:
 
 def delta_jars() -> list[Path]:
     """Delta's jars on this machine, fetched as for any session if need be; RunError where they cannot be."""
-    version = importlib.metadata.version("delta-spark")
-    jars = sorted((Path.home() / IVY_JARS).glob(f"io.delta_*-{version}.jar"))
-    if any(jar.name.startswith("io.delta_delta-spark") for jar in jars):
+    jars = _fetched_jars()
+    if jars:
         return jars
     # Another folder of Ivy's, or none yet: a session of its own process says where they have come to.
     code = (
@@ -133,6 +142,39 @@ def delta_jars() -> list[Path]:
             code="SPARK_UNAVAILABLE",
         )
     return jars
+
+
+def _fetched_jars() -> list[Path]:
+    """Delta's jars where Ivy has put them; none where one is missing."""
+    version = importlib.metadata.version("delta-spark")
+    jars = sorted((Path.home() / IVY_JARS).glob(f"io.delta_*-{version}.jar"))
+    return jars if len(jars) == NUM_DELTA_JARS else []
+
+
+@contextmanager
+def _launching(class_path: list[Path]) -> Iterator[None]:
+    """The environment that the JVM starts in: it adds to what spark-defaults.conf says, where settings would replace.
+
+    An archive of other jars or of another JVM is ignored by the JVM, which would say so.
+    """
+    options = f'-XX:SharedArchiveFile="{CLASS_ARCHIVE}" -Xlog:cds=off -Xlog:cds+dynamic=off'
+    added = {
+        "SPARK_DIST_CLASSPATH": os.pathsep.join(str(jar) for jar in class_path),
+        "SPARK_SUBMIT_OPTS": options if CLASS_ARCHIVE.exists() else "",
+    }
+    separators = {"SPARK_DIST_CLASSPATH": os.pathsep, "SPARK_SUBMIT_OPTS": " "}
+    before = {name: os.environ.get(name) for name in added}
+    try:
+        for name, value in added.items():
+            if value:
+                os.environ[name] = separators[name].join(part for part in (before[name], value) if part)
+        yield
+    finally:
+        for name, former in before.items():
+            if former is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = former
 
 
 @contextmanager

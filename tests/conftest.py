@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +25,9 @@ SMALL_QUERIES = {
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     "spark.sql.codegen.wholeStage": "false",
     "spark.sql.shuffle.partitions": "2",
+    "spark.sql.ui.retainedExecutions": "10",
+    "spark.ui.retainedJobs": "10",
+    "spark.ui.retainedStages": "10",
 }
 
 # These run commands in processes of their own, encode with a real model, or both.
@@ -33,6 +38,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, then those with slow tests: started last, one of them would run alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Lets go of the tables of one file of tests: Delta keeps the plans of each for an hour, which fills the memory."""
+    if nextitem is None or nextitem.path != item.path:
+        sql = sys.modules.get("pyspark.sql")
+        session = sql.SparkSession.getActiveSession() if sql else None
+        if session is not None:
+            session._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +108,22 @@ def run_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def dying() -> Callable[..., None]:
+    """Runs a verb in a process that has to be killed at a step: `dying("restore", table, "committed")`."""
+    script = Path(__file__).parent / "jobs" / "verb_and_die.py"
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("SPARK_", "PYSPARK_"))}
+
+    def run(verb: str, table: str, step: str, *more: Path) -> None:
+        killed = subprocess.run(
+            [sys.executable, script, verb, table, step, *more],
+            env=env, capture_output=True, text=True, timeout=300, start_new_session=True, check=False,
+        )  # fmt: skip
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    return run
 
 
 @pytest.fixture

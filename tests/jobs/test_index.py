@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,46 @@ def test_a_run_that_died_after_its_maintenance_is_written_down(
     assert night(spark, tmp_path, range(40)).status == "unchanged"
     records = {run["run_id"]: run for run in Bookkeeper(spark, ref, print).records()}
     assert records[night_id]["version"] == committed.version - 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("step", "is_done"), [("cells trained", False), ("cells written", False), ("committed", True)])
+def test_a_build_that_was_killed_has_happened_or_has_not(
+    spark: SparkSession, folder: Path, dying: Callable[..., None], step: str, is_done: bool
+) -> None:
+    ref = ref_of(spark, folder)
+    rows, before = contents(spark, ref), table_of_ours(spark, str(ref)).index
+    dying("index", str(ref), step)
+    found = table_of_ours(spark, str(ref)).index
+    assert before is not None
+    assert found is not None
+    assert (found.build != before.build) == is_done
+    assert contents(spark, ref) == rows
+    install(spark, {"docs": str(ref)})
+    assert hits(spark.sql(f"SELECT * FROM docs_search('text 9', {ROWS})").collect()) == hits(
+        exact(spark, "text 9", ROWS)
+    )
+    assert night(spark, folder, range(ROWS)).status == "unchanged"
+    built = [run for run in Bookkeeper(spark, ref, print).records() if run["status"] == "indexed"]
+    assert {run["index"]["build"] for run in built} == {before.build, found.build}
+    assert len(built) == 1 + is_done
+    assert audit(spark, str(ref)).is_clean
+
+
+@pytest.mark.long
+def test_a_fold_that_was_killed_is_written_down_and_the_next_goes_on(
+    spark: SparkSession, folder: Path, dying: Callable[..., None]
+) -> None:
+    night(spark, folder, [*range(ROWS), 1000])
+    ref = ref_of(spark, folder)
+    rows = contents(spark, ref)
+    dying("optimize", str(ref), "committed")
+    assert FRESH not in cells_of(spark, ref).values()
+    assert contents(spark, ref) == rows
+    assert optimize(spark, str(ref))["optimize"]["folded"] == 0
+    folded = [run for run in Bookkeeper(spark, ref, print).records() if run["status"] == "folded"]
+    assert [run["fold"]["rows"] for run in folded] == [1]
+    assert night(spark, folder, [*range(ROWS), 1000]).status == "unchanged"
 
 
 def test_a_match_looks_in_cells_until_they_hold_enough_rows_that_match(spark: SparkSession, folder: Path) -> None:

@@ -1,12 +1,8 @@
 """Erasure: after a purge no byte below the table's folders tells of what is gone, and all else reads as before."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -273,34 +269,12 @@ def test_a_purge_that_stopped_goes_on_when_it_is_run_again(spark: SparkSession, 
     assert state_of(spark, ref).record["source_state"] is None
 
 
-DYING = """
-import os, signal, sys
-from pathlib import Path
-from shoal.conf.run import SparkConfig
-from shoal.jobs.purge import purge
-from shoal.jobs.session import open_spark
-
-def die(name):
-    if name == "published purged":
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-table, keys = sys.argv[1:]
-spark = open_spark(SparkConfig(master="local[2]"), app_name="dying", log_file=Path(keys).with_name("dying.log"))
-purge(spark, table, Path(keys), step=die)
-"""
-
-
 @pytest.mark.long
 def test_a_purge_that_was_killed_in_the_middle_leaves_a_whole_table_and_is_finished_by_the_next(
-    spark: SparkSession, folder: Path
+    spark: SparkSession, folder: Path, dying: Callable[..., None]
 ) -> None:
     (folder / "keys.txt").write_text(SECRET["id"])
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("SPARK_", "PYSPARK_"))}
-    killed = subprocess.run(
-        [sys.executable, "-c", DYING, table(folder), folder / "keys.txt"],
-        env=env, capture_output=True, text=True, timeout=300, start_new_session=True,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    dying("purge", table(folder), "published purged", folder / "keys.txt")
     ref = ref_of(spark, folder)
     assert (folder / "out/my docs__shoal/lease.json").exists()
     assert set(contents(spark, ref)) == {row["id"] for row in LIVE}

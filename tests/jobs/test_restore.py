@@ -1,11 +1,8 @@
 """`shoal restore`: what comes back, what the next night makes of it, what is refused, and restores that were killed."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,24 +30,6 @@ pytestmark = [pytest.mark.spark, pytest.mark.slow]
 DAY = {f"r{index}": f"text {index}" for index in range(8)}
 NIGHT = {f"r{index}": "changed" if index == 1 else f"text {index}" for index in range(1, 9)}
 OLD, NEW = {"model": "hash:8"}, {"model": "hash:16"}
-
-# A driver of its own that kills itself and its JVM at a step of a restore.
-DYING = """
-import os, signal, sys
-from pathlib import Path
-from shoal.conf.run import SparkConfig
-from shoal.jobs.restore import Wanted, restore
-from shoal.jobs.session import open_spark
-
-table, wanted = sys.argv[1:]
-
-def die(name):
-    if name == wanted:
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-spark = open_spark(SparkConfig(master="local[1]"), app_name="dying", log_file=Path(table + ".log"))
-restore(spark, table, Wanted(to=0), step=die)
-"""
 
 
 def night(spark: SparkSession, folder: Path, rows: dict[str, str], encoder: dict[str, Any], **how: Any) -> Report:
@@ -257,14 +236,9 @@ def test_the_next_night_reads_the_change_feed_from_the_restored_state(spark: Spa
 @pytest.mark.long
 @pytest.mark.parametrize(("step", "is_done"), [("restore planned", False), ("committed", True)])
 def test_a_restore_that_was_killed_has_happened_or_has_not(
-    spark: SparkSession, folder: Path, step: str, is_done: bool
+    spark: SparkSession, folder: Path, dying: Callable[..., None], step: str, is_done: bool
 ) -> None:
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("SPARK_", "PYSPARK_"))}
-    killed = subprocess.run(
-        [sys.executable, "-c", DYING, table(folder), step],
-        env=env, capture_output=True, text=True, timeout=300, start_new_session=True, check=False,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    dying("restore", table(folder), step)
     assert head(spark, folder).version == (3 if is_done else 2)
     report = night(spark, folder, NIGHT, OLD if is_done else NEW)
     records = Bookkeeper(spark, ref_of(spark, folder), lambda _: None).records()

@@ -1,5 +1,7 @@
 """How Spark is opened, as far as a session that runs already shows it."""
 
+import importlib.metadata
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,17 @@ from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ConfigError
 from shoal.conf.run import SparkConfig
-from shoal.jobs.session import DELTA_EXTENSION, default_log_file, delta_package, open_spark, slots
+from shoal.jobs.session import (
+    CLASS_ARCHIVE,
+    DELTA_EXTENSION,
+    IVY_JARS,
+    _fetched_jars,
+    _launching,
+    default_log_file,
+    delta_package,
+    open_spark,
+    slots,
+)
 
 pytestmark = pytest.mark.spark
 
@@ -24,6 +36,48 @@ def test_the_session_is_set_up_for_delta_arrow_and_utc(spark: SparkSession) -> N
     assert DELTA_EXTENSION in (spark.conf.get("spark.sql.extensions") or "")
     assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
     assert spark.conf.get("spark.sql.execution.arrow.pyspark.validateSchema.enabled") == "true"
+
+
+def test_a_local_session_asks_nobody_for_jars_that_are_there(spark: SparkSession) -> None:
+    conf = spark.sparkContext.getConf()
+    assert (conf.get("spark.jars.packages") is None) == (_fetched_jars() != [])
+    java = spark.sparkContext._jvm.java  # type: ignore[union-attr]
+    class_path = java.lang.System.getProperty("java.class.path").split(os.pathsep)
+    assert set(map(str, _fetched_jars())) <= set(class_path)
+    options = java.lang.management.ManagementFactory.getRuntimeMXBean().getInputArguments()
+    assert any(str(CLASS_ARCHIVE) in option for option in options) == CLASS_ARCHIVE.exists()
+
+
+def test_the_environment_that_a_jvm_starts_in_is_the_users_with_additions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "a folder" / "classes.jsa"
+    archive.parent.mkdir()
+    archive.touch()
+    monkeypatch.setattr("shoal.jobs.session.CLASS_ARCHIVE", archive)
+    monkeypatch.setenv("SPARK_SUBMIT_OPTS", "-Dhttp.proxyHost=proxy")
+    monkeypatch.delenv("SPARK_DIST_CLASSPATH", raising=False)
+    before = dict(os.environ)
+    with _launching([Path("one.jar"), Path("two.jar")]):
+        assert os.environ["SPARK_DIST_CLASSPATH"] == os.pathsep.join(["one.jar", "two.jar"])
+        assert os.environ["SPARK_SUBMIT_OPTS"].startswith("-Dhttp.proxyHost=proxy -XX:SharedArchiveFile=")
+        assert f'"{archive}"' in os.environ["SPARK_SUBMIT_OPTS"]
+    assert dict(os.environ) == before
+    archive.unlink()
+    with _launching([]):
+        assert dict(os.environ) == before
+
+
+def test_jars_of_which_one_is_missing_are_fetched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
+    version = importlib.metadata.version("delta-spark")
+    folder = tmp_path / IVY_JARS
+    folder.mkdir(parents=True)
+    jars = [folder / f"io.delta_delta-{name}-{version}.jar" for name in "abcde"]
+    for jar in jars:
+        assert _fetched_jars() == []
+        jar.touch()
+    assert _fetched_jars() == jars
 
 
 def test_a_running_session_without_delta_is_refused(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
