@@ -61,6 +61,9 @@ BAD_DATA = (
 # Each wave is a partition of `todo` and a commit to staging: past this many, waves grow instead.
 MAX_WAVES = 1000
 
+# With less to do a worker would be done sooner than it has loaded the encoder.
+MIN_SLOT_CHUNKS = 32
+
 # Whitespace of every script, control and format characters: a text of nothing else has nothing to encode.
 BLANK = r"^[\s\p{Z}\p{Cc}\p{Cf}]*$"
 
@@ -295,7 +298,7 @@ def plan_chunks(
     if take is not None and num_missing:
         missing, num_todo = take(missing.dropDuplicates(["content_hash"]), num_missing)
     num_waves = waves.number(num_todo) if num_todo else 0
-    todo = keep("todo", deal(missing, num_waves, waves.num_slots), partition_by="wave") if num_todo else None
+    todo = keep("todo", deal(missing, num_waves, waves.slots_for(num_todo)), partition_by="wave") if num_todo else None
     return ChunkPlan(
         chunks=chunks,
         todo=todo,
@@ -314,13 +317,13 @@ def without(plan: ChunkPlan, known: DataFrame, keep: Keep, waves: "Waves") -> Ch
     left = left.join(known.distinct(), on="content_hash", how="left_anti")
     num_todo = left.count()
     num_waves = waves.number(num_todo) if num_todo else 0
-    todo = keep("missing", deal(left, num_waves, waves.num_slots), partition_by="wave") if num_todo else None
+    todo = keep("missing", deal(left, num_waves, waves.slots_for(num_todo)), partition_by="wave") if num_todo else None
     return replace(plan, todo=todo, num_todo=num_todo, num_waves=num_waves)
 
 
 @dataclass(frozen=True)
 class Waves:
-    """How the work is cut: one commit to staging per wave, `num_slots` partitions in each.
+    """How the work is cut: one commit to staging per wave, at most `num_slots` partitions in each.
 
     chunks: chunks per wave as the run file says; None: at most 50,000, and so many waves (up to eight, of 250
     chunks or more) that a small run killed in the middle has kept something.
@@ -333,6 +336,10 @@ class Waves:
         if self.chunks is not None:
             return min(MAX_WAVES, max(1, -(-num_chunks // self.chunks)))
         return min(MAX_WAVES, max(1, min(8, num_chunks // 250), -(-num_chunks // 50_000)))
+
+    def slots_for(self, num_chunks: int) -> int:
+        """Partitions of a wave that get any of so many chunks: a worker loads the encoder for its first one."""
+        return min(self.num_slots, max(1, num_chunks // MIN_SLOT_CHUNKS))
 
 
 def cut(rows: DataFrame, chunk: ChunkConfig | None, tokenizer_folder: str) -> DataFrame:

@@ -61,7 +61,7 @@ COMMAND_LINE = {
     "bench nightly": ["--chunks", "--debug", "--json", "--nights"],
     "bench ranking": ["--debug", "--json", "--model", "--queries", "--stemmer", "FOLDER"],
     "bench scale": ["--debug", "--json", "--rows"],
-    "bench search": ["--debug", "--dim", "--json", "--nights", "--rows"],
+    "bench search": ["--debug", "--dim", "--json", "--nights", "--no-filters", "--rows"],
 }
 
 

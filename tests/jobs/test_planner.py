@@ -196,6 +196,11 @@ def test_a_small_run_still_has_waves_to_keep_and_a_huge_one_has_no_more_than_all
     assert [Waves(2, chunks=10).number(n) for n in (1, 10, 11, 10**9)] == [1, 1, 2, MAX_WAVES]
 
 
+def test_a_handful_of_chunks_does_not_make_every_worker_load_the_encoder() -> None:
+    assert [Waves(4).slots_for(n) for n in (1, 63, 64, 127, 128, 499, 1000)] == [1, 1, 2, 3, 4, 4, 4]
+    assert Waves(4, chunks=10).slots_for(1000) == 4
+
+
 def test_a_foreign_copy_of_a_row_makes_that_row_new_again(spark: SparkSession, keep: Callable[..., DataFrame]) -> None:
     query = "SELECT id, 'x' AS body FROM VALUES ('a'), ('b') AS t(id)"
     settings = SourceConfig.model_validate({"format": "query", "query": query, "key": "id", "text": "body"})
