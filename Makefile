@@ -47,7 +47,7 @@ jars: $(INSTALLED) check-java ## fetch Delta's jars and archive Java's classes; 
 quickstart: install ## embed the standard library's docstrings, then search them; again: nothing to do
 	@$(VENV)/bin/shoal quickstart
 
-test: install ## all tests but the long ones: half an hour on two cores
+test: install ## all tests but the long ones: half an hour and more on two cores
 	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-long: install ## what `test` leaves out: long histories, kills at every step, benches; an hour

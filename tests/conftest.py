@@ -26,8 +26,6 @@ SMALL_QUERIES = {
     "spark.sql.codegen.wholeStage": "false",
     "spark.sql.shuffle.partitions": "2",
     "spark.sql.ui.retainedExecutions": "10",
-    "spark.ui.retainedJobs": "10",
-    "spark.ui.retainedStages": "10",
 }
 
 # These run commands in processes of their own, encode with a real model, or both.

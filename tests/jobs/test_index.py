@@ -378,6 +378,7 @@ def test_a_query_is_encoded_once_with_an_index_too(spark: SparkSession, built: P
         functions._serve(functions.served["docs"])
 
 
+@pytest.mark.long
 def test_a_restore_takes_table_and_index_back_together(spark: SparkSession, folder: Path) -> None:
     ref = ref_of(spark, folder)
     first = table_of_ours(spark, str(ref)).index
@@ -413,6 +414,7 @@ def test_a_table_made_anew_keeps_its_cells_only_with_its_encoder(spark: SparkSes
     assert CELL not in ref.read(spark).columns
 
 
+@pytest.mark.long
 def test_runs_build_and_fold_where_the_run_file_asks_for_it(spark: SparkSession, tmp_path: Path) -> None:
     asked = {"index": {"cells": 4, "min_chunks": 100}}
     assert night(spark, tmp_path, range(80), maintenance="auto", **asked).maintenance == {

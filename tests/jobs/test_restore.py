@@ -112,6 +112,7 @@ def test_rows_identity_and_state_come_back_and_the_next_night_goes_on_from_there
     assert_is(spark, folder, NIGHT, 8)
 
 
+@pytest.mark.long
 def test_a_version_is_named_by_its_run_or_by_a_time_and_one_that_is_there_already_is_left_alone(
     spark: SparkSession, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,6 +135,7 @@ def test_nights_keep_terms_and_weights_right(spark: SparkSession, tmp_path: Path
         )
 
 
+@pytest.mark.long
 def test_other_settings_cut_all_terms_anew_and_encode_nothing(spark: SparkSession, tmp_path: Path) -> None:
     def terms(version: int | None = None) -> Any:
         reader = spark.read.format("delta")
