@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +25,6 @@ from shoal.jobs.restore import Wanted, restore
 from shoal.jobs.vacuum import lines, vacuum
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
-
-# A driver of its own that kills itself and its JVM in the middle of a vacuum.
-DYING = """
-import os, signal, sys
-from pathlib import Path
-from shoal.conf.run import SparkConfig
-from shoal.jobs.session import open_spark
-from shoal.jobs.vacuum import vacuum
-
-def die(name):
-    if name == "published vacuumed":
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-spark = open_spark(SparkConfig(master="local[1]"), app_name="dying", log_file=Path(sys.argv[1] + ".log"))
-vacuum(spark, sys.argv[1], step=die)
-"""
 
 
 def night(spark: SparkSession, folder: Path, *ids: int) -> Report:
@@ -127,14 +109,11 @@ def test_a_run_that_is_alive_is_left_alone(spark: SparkSession, folder: Path) ->
 
 
 @pytest.mark.long
-def test_a_vacuum_that_was_killed_is_finished_by_the_next(spark: SparkSession, folder: Path) -> None:
+def test_a_vacuum_that_was_killed_is_finished_by_the_next(
+    spark: SparkSession, folder: Path, dying: Callable[..., None]
+) -> None:
     ref = ref_of(spark, folder)
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("SPARK_", "PYSPARK_"))}
-    killed = subprocess.run(
-        [sys.executable, "-c", DYING, str(ref)],
-        env=env, capture_output=True, text=True, timeout=300, start_new_session=True, check=False,
-    )  # fmt: skip
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    dying("vacuum", str(ref), "published vacuumed")
     assert not (folder / "out/docs/old.parquet").exists()
     assert Path(ref.lease).exists()
     assert vacuum(spark, str(ref))["status"] == "vacuumed"

@@ -16,6 +16,7 @@ def main() -> None:
     from shoal.jobs.purge import purge
     from shoal.jobs.restore import Wanted, restore
     from shoal.jobs.session import open_spark
+    from shoal.jobs.vacuum import vacuum
 
     verb, table, wanted, *keys = sys.argv[1:]
 
@@ -33,6 +34,8 @@ def main() -> None:
         purge(spark, table, Path(keys[0]), step=step)
     elif verb == "restore":
         restore(spark, table, Wanted(to=0), step=step)
+    elif verb == "vacuum":
+        vacuum(spark, table, step=step)
 
 
 if __name__ == "__main__":
