@@ -47,7 +47,7 @@ def test_nothing_that_grows_with_the_corpus_is_collected_on_the_driver(tmp_path:
         assert 0.005 * NUM_ROWS < night["encoded"] < 0.02 * NUM_ROWS
     assert (snapshot["difference"].split()[0], feed["difference"].split()[0]) == ("snapshot:", "feed")
     assert set(first["phases"]) == {"start", "plan", "encode", "audit", "publish", "record"}
-    assert feed["phases"]["plan"]["bytes_read"] < snapshot["phases"]["plan"]["bytes_read"]
+    assert feed["phases"]["plan"]["shuffle_bytes"] < snapshot["phases"]["plan"]["shuffle_bytes"]
 
 
 def test_too_few_rows_are_refused() -> None:
