@@ -70,6 +70,7 @@ CODES: Final[abc.Mapping[str, str]] = types.MappingProxyType(
         "LEASE_LOST": "another run took the table over while this one stood still",
         "WORKER_FAILED": "an executor could not do its part",
         "WORKER_DIES": "the Python worker is killed whatever it encodes",
+        "WORKERS_UNFIT": "the Python of the workers cannot run Shoal: another version, or a package is missing",
         "CANARIES_MOVED": "the encoder gives other vectors here than when the table was made",
         "BACKEND_DISAGREES": "no back end on this machine agrees with float32 torch",
         "DEVICE_MEMORY": "the encoder does not fit into the memory of the device",

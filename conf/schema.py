@@ -6,9 +6,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from shoal.conf.loader import section_of
+from shoal.conf.declared import section_of
 from shoal.conf.run import RunConfig
 from shoal.conf.section import Section
+from shoal.conf.target import TargetConfig
 from shoal.conf.values import Limit, format_duration
 
 
@@ -32,7 +33,8 @@ def json_schema() -> dict[str, Any]:
 
 def field_table() -> str:
     """A Markdown table per section: setting, default, documentation; the README holds exactly this text."""
-    return "\n\n".join([_table("Run file", RunConfig), *_tables_within(RunConfig, "")]) + "\n"
+    tables = [_table("Run file", RunConfig), *_tables_within(RunConfig, ""), _table("Target file", TargetConfig)]
+    return "\n\n".join(tables) + "\n"
 
 
 def _tables_within(outer: type[Section], prefix: str) -> Iterator[str]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from rich.console import Console
 
 from shoal.conf.errors import ConfigError, RunError, ShoalError, code_of
-from shoal.conf.loader import load_run
+from shoal.conf.loader import load_run, load_target
 from shoal.conf.run import RunConfig, SparkConfig
 from shoal.conf.section import StemmerName
 from shoal.conf.values import parse_duration
@@ -30,6 +30,8 @@ from shoal.jobs import config as config_verb
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+    from shoal.jobs.submit import Submission
 
 EXIT_FAILED = 1
 
@@ -77,6 +79,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add(verbs, "plan", "show what embed would do and cost, and write nothing", _plan, file=True)
     _add(verbs, "cutover", "switch a table to the next encoder, once all its vectors are there", _cutover, file=True)
+    about = "run embed on a cluster, by spark-submit"
+    submit = _add(verbs, "submit", about, _submit, file=True)
+    submit.add_argument(
+        "--target", required=True, metavar="TARGET", help="local, standalone, yarn, kubernetes or a FILE"
+    )
+    submit.add_argument("--dry-run", action="store_true", help="show what Spark would be told, and do nothing")
+    about = "visit every executor: what it has, and whether a run would work there"
+    doctor = _add(verbs, "doctor", about, _doctor, file=True)
+    doctor.add_argument("--target", metavar="TARGET", help="where, as of `shoal submit` (default: as `embed` would)")
     search = _add(verbs, "search", "find the chunks nearest to a text, exactly", _search, table=True)
     search.add_argument("text", help="what to look for")
     search.add_argument("-k", type=int, default=10, help="number of neighbours (default 10)")
@@ -317,6 +328,35 @@ def _cutover(args: argparse.Namespace) -> int:
         record = verb.cutover(spark, config, Hooks(say=_say, console=stderr))
         _print(args, record, verb.lines(record))
     return 0
+
+
+def _submit(args: argparse.Namespace) -> int:
+    submission = _submission(args, "embed")
+    if args.dry_run:
+        _print(args, submission.document(), submission.lines())
+        return 0
+    return submission.run(_say)
+
+
+def _submission(args: argparse.Namespace, verb: str) -> "Submission":
+    """The verb with this command line's other arguments, on the target."""
+    from shoal.jobs.submit import compose
+
+    passed = [word for text in args.set for word in ("--set", text)]
+    passed += [f"--{name}" for name in ("json", "debug") if getattr(args, name)]
+    return compose(load_target(args.target), verb, args.file, load_run(args.file, args.set), passed)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    if args.target is not None:
+        return _submission(args, "doctor").run(_say)
+    config = load_run(args.file, args.set)
+    with _spark(config.spark, f"shoal doctor {config.name}") as spark:
+        from shoal.jobs import doctor as verb
+
+        found = verb.doctor(spark, config)
+        _print(args, found, verb.lines(found))
+    return EXIT_FAILED if found["problems"] else 0
 
 
 def _search(args: argparse.Namespace) -> int:

@@ -12,13 +12,14 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from shoal.conf import errors
-from shoal.conf.errors import CODE_NOTE, CODES, EncoderChangedError, RefusedError, ShoalError, WorkerError
+from shoal.conf.errors import CODE_NOTE, CODES, ConfigError, EncoderChangedError, RefusedError, ShoalError, WorkerError
 from shoal.conf.redact import scrub
 from shoal.conf.run import EncoderConfig, RunConfig
 from shoal.jobs.canary_store import Probe, known_precision, probe_of
 from shoal.jobs.cells import CELL
 from shoal.jobs.filesystem import full_disk
 from shoal.jobs.layout import TableRef
+from shoal.jobs.model_files import send_model
 from shoal.jobs.model_source import pinned_reference, resolve_spec
 from shoal.jobs.publish import missing_constraints
 from shoal.jobs.published import Published
@@ -113,6 +114,7 @@ def resolve_encoder(
     another encoder and the run may not replace them.
     """
     spec = described.spec
+    send_model(spark, spec)
     settled = None if published is None else _as_published(spec, published)
     # A full refresh may bring another encoder, which inherits nothing from its predecessor.
     if (
@@ -161,6 +163,17 @@ def try_out(spark: SparkSession, spec: EncoderSpec, options: EncodeOptions) -> t
     return probe_of(resolved.fingerprint, row["report"], row["vectors"]), resolved
 
 
+UNFIT = {
+    "PYTHON_VERSION_MISMATCH": "the workers have another Python than the driver",
+    "Cannot run program": "a worker found no Python where it was told to look",
+    "ModuleNotFoundError: ": "the Python of a worker lacks a package",
+}
+UNFIT_ADVICE = (
+    "`python` or `environment` of the target (without one: spark.pyspark.python) say what the workers run; it needs "
+    "the driver's minor version and Shoal's packages; `shoal doctor` visits them all"
+)
+
+
 def worker_error(error: PySparkException | Py4JJavaError) -> ShoalError:
     """The error of ours that a worker raised, out of the JVM's and Python's stack traces; WorkerError for any other."""
     lines = [line.strip() for line in str(error).splitlines()]
@@ -171,6 +184,10 @@ def worker_error(error: PySparkException | Py4JJavaError) -> ShoalError:
             return kind(message, code=_noted_code(lines[index + 1 :]))
     if full := full_disk(error):
         return full
+    for sign, what in UNFIT.items():
+        for line in lines:
+            if sign in line:
+                return ConfigError(f"{what}: {line[line.index(sign) :]}; {UNFIT_ADVICE}", code="WORKERS_UNFIT")
     told = next(
         (line for line in reversed(lines) if "Error: " in line or "Exception: " in line), lines[0] if lines else ""
     )

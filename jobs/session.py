@@ -76,14 +76,14 @@ def open_spark(settings: SparkConfig, *, app_name: str, log_file: Path | None = 
     for key, value in settings.conf.items():
         conf.set(key, value)
     defaults = dict(_DEFAULTS)
-    master = conf.get("spark.master") or ""
-    if master.startswith("local"):
+    master = conf.get("spark.master")
+    if master is not None and master.startswith("local"):
         defaults |= _LOCAL_DEFAULTS
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     class_path: list[Path] = []
     if not _has_delta(conf):
         # Asking Ivy takes seconds at every start; the executors of a cluster need what it has found.
-        class_path = _fetched_jars() if re.match(r"local(\[|$)", master) else []
+        class_path = fetched_jars() if is_local(master) else []
         if not class_path:
             defaults |= {"spark.jars.packages": delta_package(), "spark.jars.excludes": JARS_OF_SPARK}
     for key, value in defaults.items():
@@ -123,7 +123,7 @@ def delta_package() -> str:
 
 def delta_jars() -> list[Path]:
     """Delta's jars on this machine, fetched as for any session if need be; RunError where they cannot be."""
-    jars = _fetched_jars()
+    jars = fetched_jars()
     if jars:
         return jars
     # Another folder of Ivy's, or none yet: a session of its own process says where they have come to.
@@ -144,7 +144,7 @@ def delta_jars() -> list[Path]:
     return jars
 
 
-def _fetched_jars() -> list[Path]:
+def fetched_jars() -> list[Path]:
     """Delta's jars where Ivy has put them; none where one is missing."""
     version = importlib.metadata.version("delta-spark")
     jars = sorted((Path.home() / IVY_JARS).glob(f"io.delta_*-{version}.jar"))
@@ -191,6 +191,11 @@ def with_settings(spark: SparkSession, wanted: Mapping[str, str]) -> Iterator[No
                 spark.conf.unset(name)
             else:
                 spark.conf.set(name, former)
+
+
+def is_local(master: str | None) -> bool:
+    """Whether the driver does the work itself, so that all it has is there."""
+    return re.match(r"local(\[|$)", master or "") is not None
 
 
 def slots(spark: SparkSession) -> int:

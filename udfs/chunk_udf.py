@@ -10,6 +10,7 @@ from shoal.conf.errors import ShoalError, WorkerError
 from shoal.conf.run import ChunkConfig
 from shoal.udfs.chunking import Chunker, Span
 from shoal.udfs.schema import CHUNK_OUTPUT
+from shoal.udfs.sent_model import folder_here
 
 MAX_OUTPUT_ROWS = 2_048
 MAX_OUTPUT_CHARS = 16 * 2**20
@@ -41,7 +42,7 @@ def _chunker(chunk: ChunkConfig, tokenizer_folder: str) -> Chunker:
     if key not in _CHUNKERS:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every task takes all cores
         _CHUNKERS.clear()
-        _CHUNKERS[key] = Chunker(chunk, tokenizer_folder)
+        _CHUNKERS[key] = Chunker(chunk, folder_here(tokenizer_folder))
     return _CHUNKERS[key]
 
 

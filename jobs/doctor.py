@@ -1,0 +1,150 @@
+"""`shoal doctor`: visits every executor before anything is encoded there, a line for each, and says what is amiss."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
+
+from shoal.conf.run import RunConfig
+from shoal.jobs.meter import human
+from shoal.jobs.model_files import send_model
+from shoal.jobs.prepare import Described, describe_encoders, options_of, worker_error
+from shoal.jobs.session import is_local, slots
+from shoal.udfs.vectors import MIN_COSINE, cosines
+from shoal.udfs.visit_udf import VISIT_DDL, make_visit
+
+SETTLED_S = 3.0
+WAIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one executor said: facts as `make_visit` describes them, and its canary vectors (C, D), float32."""
+
+    facts: Mapping[str, Any]
+    canaries_CD: npt.NDArray[np.float32]
+
+    @property
+    def name(self) -> str:
+        """The executor among all."""
+        return f"{self.facts['host']}/{self.facts['executor']}"
+
+
+def doctor(spark: SparkSession, config: RunConfig) -> dict[str, Any]:
+    """The document of `--json`: `executors`, a mapping of facts each, `problems`, sentences, and `status`.
+
+    Loads the run file's encoder on every executor. WorkerError, ConfigError or ModelError where an executor could not
+    even do that.
+    """
+    described = describe_encoders(config).serving
+    num_executors = wait_for_executors(spark)
+    visits = visit(spark, config, described)
+    problems = problems_of(visits, num_executors, described.spec.precision)
+    return {
+        "status": "unfit" if problems else "fit",
+        "master": spark.sparkContext.master,
+        "slots": slots(spark),
+        "executors": [{"name": each.name, **each.facts} for each in visits],
+        "problems": problems,
+    }
+
+
+def wait_for_executors(spark: SparkSession) -> int:
+    """Number of executors, once it has not grown for a while; in local mode the driver is the one."""
+    tracker = spark.sparkContext._jsc.sc().statusTracker()  # type: ignore[attr-defined]
+    end = time.monotonic() + WAIT_S
+    found, since = 0, time.monotonic()
+    while time.monotonic() < end:
+        # The driver is in the list too, and does the work in local mode alone.
+        now = max(1, len(tracker.getExecutorInfos()) - 1)
+        if now != found:
+            found, since = now, time.monotonic()
+        elif time.monotonic() - since >= SETTLED_S or is_local(spark.sparkContext.master):
+            break
+        time.sleep(0.2)
+    return found
+
+
+def visit(spark: SparkSession, config: RunConfig, described: Described) -> list[Visit]:
+    """One visit for each executor that has a free slot, in the order of their names."""
+    spec = described.spec
+    send_model(spark, spec)
+    look = make_visit(spec, described.settings, options_of(config))
+    num_slots = slots(spark)
+    # A barrier starts all tasks at once, so that no executor does the work of another; it needs every slot free, and
+    # Spark has none where executors come and go.
+    barrier = spark.conf.get("spark.dynamicAllocation.enabled", "false") != "true"
+    try:
+        rows = spark.range(0, num_slots, 1, num_slots).mapInArrow(look, VISIT_DDL, barrier=barrier).collect()
+    except (PySparkException, Py4JJavaError) as error:
+        raise worker_error(error) from error
+    found: dict[str, Visit] = {}
+    for row in rows:
+        facts = json.loads(row["facts"])
+        vectors = np.frombuffer(row["canaries"], dtype="<f4")
+        each = Visit(facts, vectors.reshape(-1, spec.dim))
+        found.setdefault(each.name, each)
+    return [found[name] for name in sorted(found)]
+
+
+def problems_of(visits: Sequence[Visit], num_executors: int, precision: str) -> list[str]:
+    """What does not fit together, a sentence each, by the first executor."""
+    told = []
+    if len(visits) < num_executors:
+        told.append(
+            f"{num_executors} executors are registered, and {len(visits)} were visited: the others have no free slot, "
+            "or are just coming; run it again"
+        )
+    first = visits[0]
+    for other in visits[1:]:
+        for what, advice in SAME.items():
+            here, there = first.facts[what], other.facts[what]
+            if here != there:
+                told.append(f"{what} is {_plain(here)} on {first.name} and {_plain(there)} on {other.name}; {advice}")
+        lowest = float(cosines(first.canaries_CD, other.canaries_CD).min())
+        limit = MIN_COSINE.get(first.facts["precision"] if precision == "auto" else precision, 1.0)
+        if lowest < limit:
+            told.append(
+                f"the encoder gives other vectors on {other.name} than on {first.name} (lowest cosine {lowest:.6f}, "
+                f"allowed {limit:.6f}); look at libraries, driver and device there"
+            )
+    return told
+
+
+SAME = {
+    "python": "give both the same Python, by `python` or `environment` of the target",
+    "shoal": "give both the same Shoal; `shoal submit` sends its own",
+    "libraries": "vectors may differ in the last digits; pack one environment for all",
+    "model_digest": "one of them has other files; use `model: send` in the target",
+    "precision": "they are of different kinds; set encoder.precision",
+}
+"""What has to be the same on all executors, and what to do where it is not."""
+
+
+def _plain(value: object) -> str:
+    return " ".join(f"{name} {item}" for name, item in value.items()) if isinstance(value, dict) else str(value)
+
+
+def lines(document: Mapping[str, Any]) -> list[str]:
+    """The document for people."""
+    told = [f"{document['master']}: {len(document['executors'])} executors, {document['slots']} tasks at a time"]
+    for facts in document["executors"]:
+        gpu = facts["gpu"]
+        device = (
+            facts["device"] if gpu is None else f"{gpu['name']} {human(gpu['memory_bytes'])}, driver {gpu['driver']}"
+        )
+        model = facts["model_digest"][:12] or "hash"
+        told.append(
+            f"{facts['name']}: {facts['cores']} cores, {human(facts['memory_bytes'])} memory, "
+            f"{human(facts['free_disk_bytes'])} free disk, {device}, Python {facts['python']}, "
+            f"torch {facts['libraries'].get('torch', 'none')}, Shoal {facts['shoal']}, model {model}, "
+            f"{facts['backend']} {facts['precision']}, lowest canary cosine {facts['parity']:.6f}"
+        )
+    return told + [f"problem: {problem}" for problem in document["problems"]]

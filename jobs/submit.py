@@ -1,0 +1,190 @@
+"""`shoal submit`: a verb on a cluster by spark-submit, with everything of Shoal's that the cluster needs."""
+
+import importlib.metadata
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import pyspark
+
+from shoal.conf.errors import ConfigError, RunError
+from shoal.conf.run import RunConfig
+from shoal.conf.target import TargetConfig
+from shoal.jobs.model_files import SHARED
+from shoal.jobs.session import JARS_OF_SPARK, delta_package, fetched_jars
+
+ENVIRONMENT = "environment"
+"""Where Spark unpacks a packed environment, below the working folder of an executor and of a driver in the cluster."""
+
+ENTRY = "import sys\n\nfrom shoal.jobs.cli import main\n\nsys.exit(main())\n"
+PACKED = {"conf": "*.y*ml", "udfs": "*.json", "jobs": "*.json"}
+"""The packages of Shoal, and their files beside the Python ones."""
+
+ZIP, SCRIPT, PROPERTIES = "shoal.zip", "shoal_submit.py", "spark.conf"
+ZIP_PROPERTY = "spark.submit.pyFiles"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A call of spark-submit in a folder made for it, which holds Shoal as a zip, the script that is run, properties.
+
+    properties: what Spark is told, but for the zip; shown: the same with secrets masked. arguments: the command line of
+    the script.
+    """
+
+    spark_submit: str
+    properties: Mapping[str, str]
+    shown: Mapping[str, str]
+    arguments: tuple[str, ...]
+
+    def command(self, folder: str) -> list[str]:
+        """The call, when the three files are in `folder`."""
+        properties = ["--properties-file", f"{folder}/{PROPERTIES}", "--load-spark-defaults"]
+        return [self.spark_submit, *properties, f"{folder}/{SCRIPT}", *self.arguments]
+
+    def document(self) -> dict[str, object]:
+        """What `--dry-run --json` prints; nothing has been done, so the three files have no folder yet."""
+        command = self.command(".")
+        return {"status": "composed", "command": command, "properties": dict(self.shown)}
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        width = max(map(len, self.shown))
+        told = [f"{name:{width}}  {value}" for name, value in sorted(self.shown.items())]
+        return [f"# {PROPERTIES}", *told, "", f"# {SCRIPT} and {ZIP} are made for each submission", self._line()]
+
+    def _line(self) -> str:
+        return " ".join(shlex.quote(word) for word in self.command("."))
+
+    def run(self, say: Callable[[str], None]) -> int:
+        """Submits, waits, and returns the driver's exit code; its output is ours. RunError without a spark-submit."""
+        with tempfile.TemporaryDirectory(prefix="shoal-submit-") as made:
+            folder = Path(made)
+            pack_shoal(folder / ZIP)
+            (folder / SCRIPT).write_text(ENTRY, encoding="utf-8")
+            properties = {**self.properties, ZIP_PROPERTY: str(folder / ZIP)}
+            told = "".join(f"{_escaped(name)}={_escaped(value)}\n" for name, value in properties.items())
+            (folder / PROPERTIES).write_text(told, encoding="utf-8")
+            say(f"submitting to {self.properties['spark.master']}")
+            try:
+                process = subprocess.Popen(self.command(made))
+            except OSError as error:
+                raise RunError(
+                    f"'{self.spark_submit}' could not be started ({error.strerror}); spark_home of the target, or "
+                    "SPARK_HOME, names the folder of a Spark distribution",
+                    code="SPARK_UNAVAILABLE",
+                ) from error
+            try:
+                return process.wait()
+            except BaseException:
+                process.terminate()
+                process.wait()
+                raise
+
+
+def compose(
+    target: TargetConfig, verb: str, file: Path, config: RunConfig, arguments: Sequence[str] = ()
+) -> Submission:
+    """The call of spark-submit that runs `shoal VERB FILE ARGUMENTS` on the target.
+
+    What the target sets wins over the run file's section `spark`. Raises ConfigError where the driver, inside the
+    cluster, would not find what the run file names.
+    """
+    inside = target.deploy_mode == "cluster"
+    if inside:
+        _require_absolute(config)
+    python = f"./{ENVIRONMENT}/bin/python" if target.environment else target.python
+    properties = {
+        "spark.master": target.address,
+        "spark.submit.deployMode": target.deploy_mode,
+        "spark.app.name": f"shoal {verb} {config.name}",
+        "spark.pyspark.python": python or ("python3" if inside else sys.executable),
+        # The driver's own output is ours to show; of Spark's only warnings.
+        "spark.log.level": "WARN",
+    }
+    if not inside:
+        properties["spark.pyspark.driver.python"] = sys.executable
+    memory = target.driver_memory or config.spark.driver_memory
+    if memory:
+        properties["spark.driver.memory"] = memory
+    if target.environment:
+        properties["spark.archives"] = f"{target.environment}#{ENVIRONMENT}"
+    if target.image:
+        properties["spark.kubernetes.container.image"] = target.image
+    if target.model == "shared":
+        properties[SHARED] = "shared"
+    jars = [] if inside else fetched_jars()
+    if jars:
+        properties["spark.jars"] = ",".join(map(str, jars))
+    else:
+        properties |= {"spark.jars.packages": delta_package(), "spark.jars.excludes": JARS_OF_SPARK}
+    if inside:
+        properties["spark.files"] = str(file.absolute())
+    arguments = [verb, file.name if inside else str(file.absolute()), *arguments, *_given_up(config, target)]
+    masked = target.redacted()["conf"]
+    return Submission(
+        spark_submit=_spark_submit(target),
+        properties=properties | target.conf,
+        shown=properties | {ZIP_PROPERTY: ZIP} | masked,
+        arguments=tuple(arguments),
+    )
+
+
+def pack_shoal(file: Path) -> None:
+    """Shoal's own packages as a zip that Python imports from, the same bytes for the same version."""
+    version = importlib.metadata.version("shoal")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        # Python finds a package without __init__.py in a zip only where its folder has an entry of its own.
+        archive.writestr(zipfile.ZipInfo("shoal/"), b"")
+        for package, data in PACKED.items():
+            archive.writestr(zipfile.ZipInfo(f"shoal/{package}/"), b"")
+            with resources.as_file(resources.files(f"shoal.{package}")) as folder:
+                paths = sorted({*folder.glob("*.py"), *folder.rglob(data)})
+                for path in paths:
+                    entry = zipfile.ZipInfo(f"shoal/{package}/{path.relative_to(folder).as_posix()}")
+                    archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+        about = f"Metadata-Version: 2.1\nName: shoal\nVersion: {version}\n"
+        archive.writestr(zipfile.ZipInfo(f"shoal-{version}.dist-info/METADATA"), about)
+
+
+def _spark_submit(target: TargetConfig) -> str:
+    home = target.spark_home or os.environ.get("SPARK_HOME") or str(Path(pyspark.__file__).parent)
+    return str(Path(home) / "bin" / "spark-submit")
+
+
+def _given_up(config: RunConfig, target: TargetConfig) -> list[str]:
+    """Overrides that take out of the run file what the target decides."""
+    names = [name for name in ("master", "driver_memory") if getattr(config.spark, name) is not None]
+    names += [f"conf.{name}" for name in config.spark.conf if name in target.conf]
+    return [word for name in names for word in ("--set", f"spark.{name}=null")]
+
+
+def _require_absolute(config: RunConfig) -> None:
+    """ConfigError for what lies on this machine's disk: a driver inside the cluster runs elsewhere."""
+    named = {
+        "source.path": getattr(config.source, "path", None),
+        "destination.path": config.destination.path,
+        "destination.sidecar": config.destination.sidecar,
+        "encoder.model": config.encoder.model if config.encoder.form == "folder" else None,
+        "tracking.uri": config.tracking.uri if config.tracking.enabled else None,
+    }
+    folder = f"{config.folder}{os.sep}"
+    here = [name for name, value in named.items() if folder in str(value)]
+    if here:
+        raise ConfigError(
+            f"deploy_mode is cluster, and {', '.join(here)} lie beside the run file, on this machine, where a driver "
+            "inside the cluster does not look; name an address that every node reaches, or use deploy_mode: client"
+        )
+
+
+def _escaped(text: str) -> str:
+    """Text as java.util.Properties reads it."""
+    text = text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    return text.replace("=", "\\=").replace(":", "\\:").replace("#", "\\#").replace("!", "\\!").replace(" ", "\\ ")

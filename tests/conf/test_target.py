@@ -1,0 +1,109 @@
+"""Target files: which are taken, what is said of the others, and the ones that Shoal brings."""
+
+from pathlib import Path
+
+import pytest
+
+from shoal.conf.errors import ConfigError
+from shoal.conf.loader import SHIPPED_TARGETS, TARGET_FILE, load_target
+from shoal.conf.target import TargetConfig
+
+VARIABLES = {
+    "SHOAL_MASTER": {"standalone": "spark://h:7077", "kubernetes": "k8s://https://h:6443", "local": "local[2]"},
+    "SHOAL_ENVIRONMENT": {"yarn": "env.tar.gz"},
+    "SHOAL_IMAGE": {"kubernetes": "images/shoal:1"},
+}
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "target.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED_TARGETS.glob("*.yaml")))
+def test_a_target_that_ships_is_made_by_variables_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variable, values in VARIABLES.items():
+        if name in values:
+            monkeypatch.setenv(variable, values[name])
+
+    target = load_target(name)
+
+    assert target.kind == name
+    assert target.address == {**VARIABLES["SHOAL_MASTER"], "yarn": "yarn"}[name]
+    if name == "yarn":
+        assert target.environment == str(tmp_path / "env.tar.gz")
+    if name == "kubernetes":
+        assert (target.image, target.python) == ("images/shoal:1", "python3")
+
+
+def test_a_variable_that_is_not_set_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SHOAL_MASTER", raising=False)
+    with pytest.raises(ConfigError, match=r"standalone.yaml:\d+: master wants the environment variable SHOAL_MASTER"):
+        load_target("standalone")
+
+
+def test_an_unknown_name_is_told_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="--target is 'yarm'; give one of kubernetes, local, standalone, yarn, or"):
+        load_target("yarm")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("kind: standalone\n", "master is not set; the master of kind standalone starts with spark://"),
+        ("kind: kubernetes\nmaster: spark://h:1\nimage: i\n", "the master of kind kubernetes starts with k8s://"),
+        ("kind: kubernetes\nmaster: k8s://h\n", "Kubernetes needs an image"),
+        ("kind: yarn\nimage: i\n", "only Kubernetes takes one"),
+        ("kind: yarn\nmaster: spark://h:1\n", "its master is always yarn"),
+        ("kind: local\nmaster: yarn\n", "the master of kind local starts with local"),
+        ("kind: local\ndeploy_mode: cluster\n", "with kind local use client"),
+        ("kind: standalone\nmaster: spark://h:1\ndeploy_mode: cluster\n", "with kind standalone use client"),
+        ("kind: yarn\npython: /p\nenvironment: e.tar.gz\n", "a packed environment brings its Python; keep one of them"),
+        ("kind: local\nconf: {spark.master: yarn}\n", "use master"),
+        ("kind: local\nconf: {fs.s3a.endpoint: e}\n", "put 'spark.hadoop.' in front"),
+        ("kind: slurm\n", "choose one of local, standalone, yarn, kubernetes"),
+        ("kindd: local\n", "did you mean kind?"),
+        ("- a\n", "a target file is a mapping of settings"),
+    ],
+)
+def test_a_broken_target_is_told_in_a_sentence(text: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_target(write(tmp_path, text))
+    assert told in str(caught.value)
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_target(write(tmp_path, "kind: local\nmodel: copy\nextra: 1\n"))
+    assert "model is 'copy'" in str(caught.value)
+    assert "extra is not a setting" in str(caught.value)
+
+
+def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
+    target = load_target(write(tmp_path, "kind: yarn\nenvironment: env.tar.gz\nspark_home: ../spark\n"))
+    assert target.environment == str(tmp_path / "env.tar.gz")
+    assert target.spark_home == str(tmp_path.parent / "spark")
+
+
+def test_what_came_from_the_environment_into_a_property_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORD", "hush-hush")
+    text = 'kind: local\nconf: {spark.hadoop.fs.s3a.endpoint: "${WORD}", spark.ssl.keyPassword: plain, spark.a: b}\n'
+    target = load_target(write(tmp_path, text))
+    assert target.conf["spark.hadoop.fs.s3a.endpoint"] == "hush-hush"
+    assert target.redacted()["conf"] == {
+        "spark.hadoop.fs.s3a.endpoint": "***",
+        "spark.ssl.keyPassword": "***",
+        "spark.a": "b",
+    }
+    assert "hush" not in repr(target)
+
+
+def test_every_required_setting_has_a_stand_in() -> None:
+    required = {(name,) for name, field in TargetConfig.model_fields.items() if field.is_required()}
+    assert set(TARGET_FILE.stand_ins) == required

@@ -1,0 +1,29 @@
+"""Where a worker finds the encoder's files: in what the driver sent through Spark, else under the driver's own path."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from pyspark import SparkFiles, TaskContext
+
+from shoal.udfs.encoder_spec import EncoderSpec
+
+
+def archive_name(folder: str) -> str:
+    """The name under which Spark unpacks a checkpoint folder on every executor."""
+    return f"shoal-model-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
+
+
+def folder_here(folder: str) -> str:
+    """The checkpoint folder on this machine; outside a task of Spark's, and for "" (no files), `folder` itself."""
+    if not folder or TaskContext.get() is None:
+        return folder
+    sent = Path(SparkFiles.getRootDirectory()) / archive_name(folder)
+    return str(sent) if sent.is_dir() else folder
+
+
+def with_files_here(spec: EncoderSpec) -> EncoderSpec:
+    """The description with the checkpoint folder of this machine."""
+    return dataclasses.replace(spec, folder=folder_here(spec.folder))
