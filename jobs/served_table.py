@@ -1,14 +1,15 @@
 """A published table as SQL serves it: one version, with the encoder that made the vectors of exactly this version."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ShoalError
 from shoal.conf.fingerprint import digest
 from shoal.conf.run import EncoderConfig
-from shoal.jobs.cells import FRESH, Index, cell_sizes, damaged, has_build
+from shoal.jobs.cells import FRESH, Index, cell_sizes, damaged, read_build
 from shoal.jobs.filesystem import FileStamp, FileSystem, join
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import TableRef, table_named
@@ -32,8 +33,7 @@ class ServedIndex:
     """The build that the rows of one version are in, and what its cells hold at least."""
 
     made: Index
-    centroids: str
-    """Folder of the table of centroids."""
+    centroids_CD: npt.NDArray[np.float32] = field(repr=False, compare=False)
     enough: tuple[tuple[int, int], ...]
     """(chunks, cells): any so many cells hold so many chunks or more; a step for each power of two."""
     longest: int
@@ -77,6 +77,11 @@ class ServedTable:
         """
         is_of_session = self.ref.name is None or self.ref.name.startswith("spark_catalog.")
         return f"{f'delta.{quoted(self.location)}' if is_of_session else self.ref.sql} VERSION AS OF {self.version}"
+
+    @property
+    def cells_key(self) -> str:
+        """The name under which `shoal_cells` knows the build of this version."""
+        return f"{self.name}@{self.index.made.build}" if self.index else ""
 
     @property
     def encoder_key(self) -> str:
@@ -137,7 +142,8 @@ def _index(spark: SparkSession, published: Published) -> tuple[ServedIndex | Non
     made = published.index
     if made is None:
         return None, None
-    if not has_build(spark, published.ref, made):
+    centroids_CD = read_build(spark, published.ref, made.build)
+    if centroids_CD is None or len(centroids_CD) != made.cells:
         error = damaged(published.ref, made)
         return None, f"[{error.code}] {error}"
     sizes = cell_sizes(spark, published.ref.sql)
@@ -146,7 +152,7 @@ def _index(spark: SparkSession, published: Published) -> tuple[ServedIndex | Non
     held = np.cumsum([0] * (made.cells - len(cells)) + cells)
     steps = sorted({min(2**power, made.cells) for power in range(made.cells.bit_length() + 1)})
     enough = tuple((int(held[number - 1]), number) for number in steps)
-    return ServedIndex(made, published.ref.cells, enough, longest), None
+    return ServedIndex(made, centroids_CD, enough, longest), None
 
 
 def _encoder(published: Published) -> tuple[QueryEncoder | None, str | None]:

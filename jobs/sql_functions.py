@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
+import numpy as np
+import numpy.typing as npt
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
@@ -20,9 +22,10 @@ from shoal.jobs.model_source import resolve_model
 from shoal.jobs.prepare import model_cache
 from shoal.jobs.served_table import ServedTable, has_been_moved, has_moved, read_served
 from shoal.jobs.sql_lexical import TERMS_OF
-from shoal.jobs.sql_parts import EMBED
+from shoal.jobs.sql_parts import CELLS, EMBED
 from shoal.jobs.sql_rerank import MMR, RERANK
 from shoal.jobs.sql_text import statements
+from shoal.udfs.cells_udf import cells_udf
 from shoal.udfs.mmr_udf import mmr_udf
 from shoal.udfs.query_udf import QueryEncoder, query_udf
 from shoal.udfs.rerank_udf import rerank_udf
@@ -32,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 _ENCODERS: WeakKeyDictionary[SparkSession, dict[str, QueryEncoder | str]] = WeakKeyDictionary()
 """What the one `shoal_embed` of a session knows, whoever made its functions."""
+
+_BUILDS: WeakKeyDictionary[SparkSession, dict[str, npt.NDArray[np.float32]]] = WeakKeyDictionary()
+"""What the one `shoal_cells` of a session knows: the centroids of builds."""
 
 
 @dataclass
@@ -85,6 +91,14 @@ class Functions:
         if served.encoder is not None:
             encoders[served.encoder_key] = served.encoder
         self.spark.udf.register(EMBED, query_udf(encoders))
+        builds = _BUILDS.setdefault(self.spark, {})
+        if served.index is not None:
+            builds[served.cells_key] = served.index.centroids_CD
+        # The functions of the version before are there until all have been replaced.
+        kept = {each.cells_key for each in (served, before) if each is not None}
+        for key in [key for key in builds if key.startswith(f"{served.name}@") and key not in kept]:
+            del builds[key]
+        self.spark.udf.register(CELLS, cells_udf(builds))
         for statement in statements(served, self.reranker):
             self.spark.sql(statement)
         # Last: where one of them fails, the next look makes all of them again.

@@ -11,13 +11,19 @@ from shoal.jobs.hashing import quoted
 from shoal.jobs.served_table import Column, ServedTable
 
 EMBED = "shoal_embed"
+CELLS = "shoal_cells"
 DEFAULT_K = 10
 DEFAULT_DEPTH = 100
 SCORE_NAMES = ("score", "shoal_score")
 CODE = "QUERY_INVALID"
 
 PRODUCT = "vector_inner_product({vector}, v.`__e`)"
-"""How a vector scores, of a row or of a cell's centroid."""
+"""How the vector of a row scores."""
+
+ONE = "(VALUES (1)) AS o(`one`)"
+"""What `v` is joined with where it stands alone: then Spark computes it once for all places, as the right side of a
+join, and a query is encoded once.
+"""
 
 MIN_POWER = 0.5
 
@@ -64,21 +70,15 @@ class SqlParts:
             f"CROSS JOIN v WHERE t.`embedding` IS NOT NULL AND v.`__ok` AND {where}"
         )
 
-    def cells(self, score: str) -> str:
-        """The one row `p`: the cells to look in, the nearest of them."""
+    def cells(self, vectors: str = "array(v.`__e`)") -> str:
+        """The one row `p`: the cells to look in, the nearest to any of these vectors."""
         if self.index is None:
             return ""
-        rank = f"row_number() OVER (ORDER BY {score.format(vector='c.`centroid`')} DESC, c.`cell`)"
-        ranked = (
-            f"SELECT c.`cell`, v.`__probes`, {rank} AS `__nth` FROM {self.centroids} c "
-            f"CROSS JOIN v WHERE c.`build` = {literal(self.index.made.build)}"
-        )
-        return f", p AS (SELECT collect_list(r.`cell`) AS `__cells` FROM ({ranked}) r WHERE r.`__nth` <= r.`__probes`)"
+        return f", p AS (SELECT {self.nearest_cells(vectors, 'v.`__probes`')} AS `__cells` FROM {ONE} CROSS JOIN v)"
 
-    @property
-    def centroids(self) -> str:
-        assert self.index is not None  # noqa: S101 - asked for where there is an index
-        return f"delta.{quoted(self.index.centroids)}"
+    def nearest_cells(self, vectors: str, number: str) -> str:
+        """So many cells, the nearest first, as an array."""
+        return f"{CELLS}({literal(self.served.cells_key)}, {vectors}, {number})"
 
     def probes(self) -> list[Parameter]:
         if self.schema is not None:
@@ -144,7 +144,7 @@ class SqlParts:
         """
         has_cells = cells and not exact
         more += self.number_of_probes(name, k=k, rows=rows) if has_cells else ""
-        after = self.cells(PRODUCT) if has_cells else ""
+        after = self.cells() if has_cells else ""
         if self.served.encoder is None:
             refused = refuse(name, self.served.problem or "", code=None)
             nothing = f"CAST(NULL AS ARRAY<FLOAT>) AS `__e`, CAST({refused} AS BOOLEAN) AS `__ok`"

@@ -7,7 +7,7 @@ encoder.
 from shoal.jobs.hashing import quoted
 from shoal.jobs.served_table import Column, ServedTable
 from shoal.jobs.sql_lexical import bm25, hybrid
-from shoal.jobs.sql_parts import CODE, PRODUCT, SqlParts, checked_k, k_parameter, literal, query_parameter, refuse
+from shoal.jobs.sql_parts import CODE, ONE, SqlParts, checked_k, k_parameter, literal, query_parameter, refuse
 from shoal.jobs.sql_rerank import mmr, rerank
 
 # The largest float32: what is beyond it would turn into infinity on the way into a vector.
@@ -109,10 +109,10 @@ class _Sql(SqlParts):
         if self.index is None:
             return ""
         made = self.index.made
-        rank = f"row_number() OVER (ORDER BY {PRODUCT.format(vector='c.`centroid`')} DESC, c.`cell`)"
+        nearest = self.nearest_cells("array(v.`__e`)", str(made.cells))
         ranked = (
-            f"SELECT c.`cell`, {rank} AS `__nth` FROM {self.centroids} c CROSS JOIN v "
-            f"WHERE c.`build` = {literal(made.build)}"
+            f"SELECT e.`cell`, e.`place` + 1 AS `__nth` FROM {ONE} CROSS JOIN v "
+            f"LATERAL VIEW posexplode({nearest}) e AS `place`, `cell`"
         )
         counted = (
             f"SELECT t.`cell`, count(*) AS `__rows`, count_if({self._matches}) AS `__hits`, max(v.`__k`) AS `__k` "
@@ -137,7 +137,7 @@ class _Sql(SqlParts):
         parameters = [("vector", "ARRAY<DOUBLE>", "the query vector", None), k_parameter(), *self.probes()]
         checked = f"{checked_k(name)} AS `__ok`{self.number_of_probes(name)}"
         v = f"v AS (SELECT {self._checked_vector(name)} AS `__e`, {checked})"
-        return self.function(name, parameters, about, f"WITH {v}{self.cells(PRODUCT)} {self.best_k(name)}")
+        return self.function(name, parameters, about, f"WITH {v}{self.cells()} {self.best_k(name)}")
 
     def best(self) -> str:
         name = f"{self.served.name}_best"
@@ -192,7 +192,7 @@ class _Sql(SqlParts):
         v = f"v AS (SELECT {vectors} AS `__es`, {checked} FROM r)"
         best = "array_max(transform(v.`__es`, e -> vector_inner_product({vector}, e)))"
         others = self.scored(best, f"NOT ({same})")
-        body = f"WITH {row}, {v}{self.cells(best)} {self.best_k(name, others)}"
+        body = f"WITH {row}, {v}{self.cells('v.`__es`')} {self.best_k(name, others)}"
         return self.function(name, [*parameters, k_parameter(), *self.probes()], about, body)
 
     def _checked_vector(self, name: str) -> str:
