@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from shoal.jobs.submit import Submission
 
 EXIT_FAILED = 1
+SCHEDULERS = ("airflow", "cron", "kubernetes", "systemd")
 
 stdout = Console(emoji=False, highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, emoji=False, highlight=False, soft_wrap=True)
@@ -88,6 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
     about = "visit every executor: what it has, and whether a run would work there"
     doctor = _add(verbs, "doctor", about, _doctor, file=True)
     doctor.add_argument("--target", metavar="TARGET", help="where, as of `shoal submit` (default: as `embed` would)")
+    about = "print what runs a file every night: a crontab line, systemd units, an Airflow DAG, a CronJob"
+    timed = verbs.add_parser("schedule", help=about, description=about)
+    _file_arguments(timed)
+    timed.add_argument("--for", required=True, dest="kind", choices=SCHEDULERS, help="what will run it")
+    timed.add_argument("--at", default="02:00", metavar="HH:MM", help="time of day (default 02:00)")
+    timed.add_argument("--target", metavar="TARGET", help="where, as of `shoal submit` (default: as `embed` would)")
+    timed.set_defaults(verb=_schedule, json=False, debug=False)
     search = _add(verbs, "search", "find the chunks nearest to a text, exactly", _search, table=True)
     search.add_argument("text", help="what to look for")
     search.add_argument("-k", type=int, default=10, help="number of neighbours (default 10)")
@@ -357,6 +365,16 @@ def _doctor(args: argparse.Namespace) -> int:
         found = verb.doctor(spark, config)
         _print(args, found, verb.lines(found))
     return EXIT_FAILED if found["problems"] else 0
+
+
+def _schedule(args: argparse.Namespace) -> int:
+    from shoal.jobs.schedule import schedule
+
+    config = load_run(args.file, args.set)
+    if args.target is not None:
+        load_target(args.target)
+    sys.stdout.write(schedule(args.kind, args.file, config, args.at, args.target, args.set))
+    return 0
 
 
 def _search(args: argparse.Namespace) -> int:

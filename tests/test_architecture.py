@@ -55,6 +55,7 @@ ENTRY_FILES = frozenset(
         "purge",
         "quickstart",
         "restore",
+        "schedule",
         "search",
         "serve",
         "status",
