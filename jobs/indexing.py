@@ -79,7 +79,7 @@ def build(operation: Operation, *, cells: int | None = None, recall: float = REC
         cells=len(centroids_CD),
         rows=num_rows,
         target=recall,
-        probes={k: probes_for(curve_C, recall) for k, curve_C in curves.items()},
+        probes={k: probes_for(curve_C, recall, len(names)) for k, curve_C in curves.items()},
         recall={k: _points(curve_C) for k, curve_C in curves.items()},
         fit=round(_fit(held_QD if len(names) else sample_ND, centroids_CD), 6),
         balance=round(float(sizes_C.max() / sizes_C.mean()), 3),

@@ -84,10 +84,15 @@ def recall_by_probes(ranks_M: npt.NDArray[np.int64], num_cells: int) -> npt.NDAr
     return np.cumsum(np.bincount(ranks_M, minlength=num_cells)) / len(ranks_M)
 
 
-def probes_for(recall_C: npt.NDArray[np.float64], target: float) -> int:
-    """The fewest cells whose recall is the target or more; all of them where none is."""
-    first = int(np.searchsorted(recall_C, target - 1e-12))
-    return min(first + 1, len(recall_C))
+def probes_for(recall_C: npt.NDArray[np.float64], target: float, num_queries: int) -> int:
+    """The fewest cells whose recall is the target or more, also by one standard error less; all of them where none is.
+
+    The error is that of a share measured on so many queries, as if the neighbours of a query were found together or
+    not at all: recall measured on others will then seldom be below the target.
+    """
+    error_C = np.sqrt(recall_C * (1 - recall_C) / max(num_queries, 1))
+    enough_C = recall_C - error_C >= target - 1e-12
+    return int(np.argmax(enough_C)) + 1 if enough_C.any() else len(recall_C)
 
 
 def _unit(vectors_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -89,6 +89,13 @@ def test_cells_are_ranked_by_their_centroids_product_with_the_query() -> None:
 def test_recall_grows_with_the_cells_looked_in_and_names_the_fewest() -> None:
     recall_C = recall_by_probes(np.array([0, 0, 0, 0, 0, 0, 1, 1, 2, 3]), 4)
     assert recall_C.tolist() == pytest.approx([0.6, 0.8, 0.9, 1.0])
-    assert [probes_for(recall_C, target) for target in (0.1, 0.6, 0.7, 0.9, 0.95, 1.0)] == [1, 1, 2, 3, 4, 4]
+    many = 10**9
+    assert [probes_for(recall_C, target, many) for target in (0.1, 0.59, 0.7, 0.89, 0.95, 1.0)] == [1, 1, 2, 3, 4, 4]
     with pytest.raises(ValueError, match="no neighbours"):
         recall_by_probes(np.array([], dtype=np.int64), 4)
+
+
+def test_a_recall_that_few_queries_measured_has_to_be_above_the_target_by_its_error() -> None:
+    recall_C = np.array([0.96, 0.98, 0.99, 1.0])
+    assert [probes_for(recall_C, 0.95, queries) for queries in (1000, 200, 50, 10, 5)] == [1, 2, 2, 3, 4]
+    assert probes_for(recall_C[:2], 0.99, 100) == 2
