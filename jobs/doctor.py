@@ -105,9 +105,9 @@ def problems_of(visits: Sequence[Visit], num_executors: int, precision: str) -> 
     first = visits[0]
     for other in visits[1:]:
         for what, advice in SAME.items():
-            here, there = first.facts[what], other.facts[what]
+            here, there = _differing(first.facts[what], other.facts[what])
             if here != there:
-                told.append(f"{what} is {_plain(here)} on {first.name} and {_plain(there)} on {other.name}; {advice}")
+                told.append(f"{what} is {here} on {first.name} and {there} on {other.name}; {advice}")
         lowest = float(cosines(first.canaries_CD, other.canaries_CD).min())
         limit = MIN_COSINE.get(first.facts["precision"] if precision == "auto" else precision, 1.0)
         if lowest < limit:
@@ -128,8 +128,15 @@ SAME = {
 """What has to be the same on all executors, and what to do where it is not."""
 
 
-def _plain(value: object) -> str:
-    return " ".join(f"{name} {item}" for name, item in value.items()) if isinstance(value, dict) else str(value)
+def _differing(here: Any, there: Any) -> tuple[str, str]:
+    """Both as text; of mappings what differs."""
+    if not isinstance(here, dict):
+        return str(here) or "none", str(there) or "none"
+    names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    texts = [
+        ", ".join(f"{name} {side[name]}" if name in side else f"no {name}" for name in names) for side in (here, there)
+    ]
+    return texts[0], texts[1]
 
 
 def lines(document: Mapping[str, Any]) -> list[str]:
