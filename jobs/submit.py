@@ -29,6 +29,7 @@ PACKED = {"conf": "*.y*ml", "udfs": "*.json", "jobs": "*.json"}
 
 ZIP, SCRIPT, PROPERTIES = "shoal.zip", "shoal_submit.py", "spark.conf"
 ZIP_PROPERTY = "spark.submit.pyFiles"
+LISTS = ("spark.archives", "spark.files", "spark.jars", "spark.jars.packages")
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,18 @@ def compose(
     if inside:
         properties["spark.files"] = str(file.absolute())
     arguments = [verb, file.name if inside else str(file.absolute()), *arguments, *_given_up(config, target)]
-    masked = target.redacted()["conf"]
     return Submission(
         spark_submit=_spark_submit(target),
-        properties=properties | target.conf,
-        shown=properties | {ZIP_PROPERTY: ZIP} | masked,
+        properties=_with(properties, target.conf),
+        shown=_with(properties | {ZIP_PROPERTY: ZIP}, target.redacted()["conf"]),
         arguments=tuple(arguments),
     )
+
+
+def _with(properties: Mapping[str, str], conf: Mapping[str, str]) -> dict[str, str]:
+    """The properties with those of the target, which win but for lists: these take both."""
+    both = {name: f"{properties[name]},{conf[name]}" for name in LISTS if name in properties and name in conf}
+    return {**properties, **conf, **both}
 
 
 def pack_shoal(file: Path) -> None:

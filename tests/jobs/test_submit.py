@@ -46,6 +46,14 @@ def test_what_the_target_sets_wins_over_the_run_file(run_file: Callable[..., Pat
     assert overridden.spark.conf == {"spark.sql.shuffle.partitions": "7"}
 
 
+def test_jars_of_the_target_come_beside_those_of_delta(run_file: Callable[..., Path], target: Callable) -> None:
+    given = "kind: yarn\nconf: {spark.jars: /j/a.jar, spark.jars.packages: 'g:a:1', spark.files: f.txt}\n"
+    found = composed(target(given), run_file()).properties
+    assert found["spark.files"] == "f.txt"
+    assert [found["spark.jars"].split(",")[-1], found["spark.jars.packages"].split(",")[-1]] == ["/j/a.jar", "g:a:1"]
+    assert "delta-spark" in found["spark.jars"] + found["spark.jars.packages"]
+
+
 def test_a_packed_environment_is_what_the_workers_run(run_file: Callable[..., Path], target: Callable) -> None:
     found = composed(target("kind: yarn\nenvironment: /e/env.tar.gz\n"), run_file())
     assert found.properties["spark.archives"] == "/e/env.tar.gz#environment"
