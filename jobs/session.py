@@ -66,6 +66,28 @@ def open_spark(settings: SparkConfig, *, app_name: str, log_file: Path | None = 
     if active is not None:
         _require_delta(active)
         return active
+    log_file = log_file or default_log_file()
+    master = settings.master
+    try:
+        if "PYSPARK_SUBMIT_ARGS" in os.environ:
+            # What it says, SparkConf learns from a JVM that has been started with it.
+            _start_jvm(None, log_file, fetched_jars())
+        conf, class_path = _configured(settings, app_name)
+        master = conf.get("spark.master")
+        _start_jvm(conf, log_file, class_path)
+        spark = SparkSession.builder.config(conf=conf).getOrCreate()
+    except Exception as error:
+        raise RunError(
+            f"spark.master '{master}': Spark did not start ({first_line(error)}); "
+            f"Java 17 has to be on PATH or in JAVA_HOME. Spark's own log: {log_file}",
+            code="SPARK_UNAVAILABLE",
+        ) from error
+    _require_delta(spark)
+    return spark
+
+
+def _configured(settings: SparkConfig, app_name: str) -> tuple[SparkConf, list[Path]]:
+    """What Spark is to be told, and the jars for the class path of a JVM that is yet to start."""
     conf = SparkConf()
     conf.setAppName(app_name)
     if settings.master:
@@ -88,23 +110,17 @@ def open_spark(settings: SparkConfig, *, app_name: str, log_file: Path | None = 
             defaults |= {"spark.jars.packages": delta_package(), "spark.jars.excludes": JARS_OF_SPARK}
     for key, value in defaults.items():
         conf.setIfMissing(key, value)
-    try:
-        if "PYSPARK_GATEWAY_PORT" not in os.environ and SparkContext._gateway is None:
-            path = log_file or default_log_file()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as log, _launching(class_path):
-                gateway = launch_gateway(conf, {"stdout": log, "stderr": log})
-            SparkContext._ensure_initialized(gateway=gateway, conf=conf)
-        spark = SparkSession.builder.config(conf=conf).getOrCreate()
-    except Exception as error:
-        where = log_file or default_log_file()
-        raise RunError(
-            f"spark.master '{conf.get('spark.master')}': Spark did not start ({first_line(error)}); "
-            f"Java 17 has to be on PATH or in JAVA_HOME. Spark's own log: {where}",
-            code="SPARK_UNAVAILABLE",
-        ) from error
-    _require_delta(spark)
-    return spark
+    return conf, class_path
+
+
+def _start_jvm(conf: SparkConf | None, log_file: Path, class_path: list[Path]) -> None:
+    """Starts the JVM of this process, unless it has one or belongs to spark-submit."""
+    if "PYSPARK_GATEWAY_PORT" in os.environ or SparkContext._gateway is not None:
+        return
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("a") as log, _launching(class_path):
+        gateway = launch_gateway(conf, {"stdout": log, "stderr": log})
+    SparkContext._ensure_initialized(gateway=gateway, conf=conf)
 
 
 def default_log_file() -> Path:

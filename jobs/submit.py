@@ -29,43 +29,64 @@ PACKED = {"conf": "*.y*ml", "udfs": "*.json", "jobs": "*.json"}
 
 ZIP, SCRIPT, PROPERTIES = "shoal.zip", "shoal_submit.py", "spark.conf"
 ZIP_PROPERTY = "spark.submit.pyFiles"
+SHELL = "pyspark-shell"
 LISTS = ("spark.archives", "spark.files", "spark.jars", "spark.jars.packages")
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A call of spark-submit in a folder made for it, which holds Shoal as a zip, the script that is run, properties.
+    """A verb on a cluster, out of a folder made for it, which holds Shoal as a zip, Spark's properties, and a script.
 
-    properties: what Spark is told, but for the zip; shown: the same with secrets masked. arguments: the command line of
-    the script.
+    properties: what Spark is told, but for the zip; shown: the same with secrets masked. arguments: of `shoal`. inside:
+    whether spark-submit has the cluster run the script; else the driver is a process of ours, and starts Spark itself,
+    because spark-submit mixes what a driver writes to stdout and stderr. python: of the workers.
     """
 
-    spark_submit: str
+    spark_home: str
     properties: Mapping[str, str]
     shown: Mapping[str, str]
     arguments: tuple[str, ...]
+    inside: bool
+    python: str
 
     def command(self, folder: str) -> list[str]:
-        """The call, when the three files are in `folder`."""
-        properties = ["--properties-file", f"{folder}/{PROPERTIES}", "--load-spark-defaults"]
-        return [self.spark_submit, *properties, f"{folder}/{SCRIPT}", *self.arguments]
+        """The call, when the files are in `folder`."""
+        if not self.inside:
+            return [sys.executable, "-m", "shoal.jobs.cli", *self.arguments]
+        return [self._spark_submit, *_options(folder), f"{folder}/{SCRIPT}", *self.arguments]
+
+    def variables(self, folder: str) -> dict[str, str]:
+        """What the environment of the call has more than ours."""
+        found = {"SPARK_HOME": self.spark_home}
+        if not self.inside:
+            found |= {"PYSPARK_PYTHON": self.python, "PYSPARK_SUBMIT_ARGS": shlex.join([*_options(folder), SHELL])}
+        return found
 
     def document(self) -> dict[str, object]:
-        """What `--dry-run --json` prints; nothing has been done, so the three files have no folder yet."""
-        command = self.command(".")
-        return {"status": "composed", "command": command, "properties": dict(self.shown)}
+        """What `--dry-run --json` prints; nothing has been done, so the files have no folder yet."""
+        return {
+            "status": "composed",
+            "command": self.command("."),
+            "environment": self.variables("."),
+            "properties": dict(self.shown),
+        }
 
     def lines(self) -> list[str]:
         """The same for people."""
         width = max(map(len, self.shown))
         told = [f"{name:{width}}  {value}" for name, value in sorted(self.shown.items())]
-        return [f"# {PROPERTIES}", *told, "", f"# {SCRIPT} and {ZIP} are made for each submission", self._line()]
-
-    def _line(self) -> str:
-        return " ".join(shlex.quote(word) for word in self.command("."))
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables(".").items()]
+        call = " ".join([*variables, shlex.join(self.command("."))])
+        return [f"# {PROPERTIES}, made for each submission beside {ZIP}", *told, "", call]
 
     def run(self, say: Callable[[str], None]) -> int:
         """Submits, waits, and returns the driver's exit code; its output is ours. RunError without a spark-submit."""
+        if not Path(self._spark_submit).is_file():
+            raise RunError(
+                f"'{self._spark_submit}' is not there; spark_home of the target, or SPARK_HOME, names the folder of a "
+                "Spark distribution",
+                code="SPARK_UNAVAILABLE",
+            )
         with tempfile.TemporaryDirectory(prefix="shoal-submit-") as made:
             folder = Path(made)
             pack_shoal(folder / ZIP)
@@ -74,20 +95,21 @@ class Submission:
             told = "".join(f"{_escaped(name)}={_escaped(value)}\n" for name, value in properties.items())
             (folder / PROPERTIES).write_text(told, encoding="utf-8")
             say(f"submitting to {self.properties['spark.master']}")
-            try:
-                process = subprocess.Popen(self.command(made))
-            except OSError as error:
-                raise RunError(
-                    f"'{self.spark_submit}' could not be started ({error.strerror}); spark_home of the target, or "
-                    "SPARK_HOME, names the folder of a Spark distribution",
-                    code="SPARK_UNAVAILABLE",
-                ) from error
+            process = subprocess.Popen(self.command(made), env={**os.environ, **self.variables(made)})
             try:
                 return process.wait()
             except BaseException:
                 process.terminate()
                 process.wait()
                 raise
+
+    @property
+    def _spark_submit(self) -> str:
+        return str(Path(self.spark_home) / "bin" / "spark-submit")
+
+
+def _options(folder: str) -> list[str]:
+    return ["--properties-file", f"{folder}/{PROPERTIES}", "--load-spark-defaults"]
 
 
 def compose(
@@ -106,12 +128,10 @@ def compose(
         "spark.master": target.address,
         "spark.submit.deployMode": target.deploy_mode,
         "spark.app.name": f"shoal {verb} {config.name}",
-        "spark.pyspark.python": python or ("python3" if inside else sys.executable),
-        # The driver's own output is ours to show; of Spark's only warnings.
-        "spark.log.level": "WARN",
     }
-    if not inside:
-        properties["spark.pyspark.driver.python"] = sys.executable
+    python = python or ("python3" if inside else sys.executable)
+    if inside:
+        properties |= {"spark.pyspark.python": python, "spark.log.level": "WARN"}
     memory = target.driver_memory or config.spark.driver_memory
     if memory:
         properties["spark.driver.memory"] = memory
@@ -130,10 +150,12 @@ def compose(
         properties["spark.files"] = str(file.absolute())
     arguments = [verb, file.name if inside else str(file.absolute()), *arguments, *_given_up(config, target)]
     return Submission(
-        spark_submit=_spark_submit(target),
+        spark_home=target.spark_home or os.environ.get("SPARK_HOME") or str(Path(pyspark.__file__).parent),
         properties=_with(properties, target.conf),
         shown=_with(properties | {ZIP_PROPERTY: ZIP}, target.redacted()["conf"]),
         arguments=tuple(arguments),
+        inside=inside,
+        python=python,
     )
 
 
@@ -158,11 +180,6 @@ def pack_shoal(file: Path) -> None:
                     archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
         about = f"Metadata-Version: 2.1\nName: shoal\nVersion: {version}\n"
         archive.writestr(zipfile.ZipInfo(f"shoal-{version}.dist-info/METADATA"), about)
-
-
-def _spark_submit(target: TargetConfig) -> str:
-    home = target.spark_home or os.environ.get("SPARK_HOME") or str(Path(pyspark.__file__).parent)
-    return str(Path(home) / "bin" / "spark-submit")
 
 
 def _given_up(config: RunConfig, target: TargetConfig) -> list[str]:

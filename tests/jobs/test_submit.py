@@ -57,8 +57,8 @@ def test_jars_of_the_target_come_beside_those_of_delta(run_file: Callable[..., P
 def test_a_packed_environment_is_what_the_workers_run(run_file: Callable[..., Path], target: Callable) -> None:
     found = composed(target("kind: yarn\nenvironment: /e/env.tar.gz\n"), run_file())
     assert found.properties["spark.archives"] == "/e/env.tar.gz#environment"
-    assert found.properties["spark.pyspark.python"] == "./environment/bin/python"
-    assert found.properties["spark.pyspark.driver.python"] == sys.executable
+    assert found.variables("f")["PYSPARK_PYTHON"] == "./environment/bin/python"
+    assert found.command("f")[:3] == [sys.executable, "-m", "shoal.jobs.cli"]
 
 
 def test_a_driver_inside_the_cluster_gets_the_run_file_and_its_own_python(
@@ -70,7 +70,8 @@ def test_a_driver_inside_the_cluster_gets_the_run_file_and_its_own_python(
     found = composed(target("kind: yarn\nenvironment: /e/env.tar.gz\ndeploy_mode: cluster\n"), file)
     assert found.properties["spark.files"] == str(file)
     assert found.arguments[:2] == ("embed", file.name)
-    assert "spark.pyspark.driver.python" not in found.properties
+    assert found.properties["spark.pyspark.python"] == "./environment/bin/python"
+    assert found.command("f")[0].endswith("/bin/spark-submit")
     assert found.properties["spark.jars.packages"].startswith("io.delta:delta-spark")
 
 
@@ -88,7 +89,7 @@ def test_secrets_are_told_to_spark_and_to_nobody_else(
     found = composed(target('kind: local\nconf: {spark.hadoop.fs.s3a.endpoint: "${WORD}"}\n'), run_file())
     assert found.properties["spark.hadoop.fs.s3a.endpoint"] == "hush-hush"
     assert "hush" not in "".join([*found.lines(), str(found.document())])
-    assert "hush" not in " ".join(found.command("folder"))
+    assert "hush" not in " ".join([*found.command("folder"), *found.variables("folder").values()])
 
 
 def test_the_zip_holds_the_packages_with_their_data_and_says_its_version(tmp_path: Path) -> None:
@@ -118,9 +119,12 @@ def test_what_spark_submit_is_called_with_is_there_while_it_runs_and_its_exit_co
     script = home / "bin" / "spark-submit"
     script.write_text(f'#!/bin/sh\ncp -r "$(dirname "$2")" {tmp_path}/seen\nexit 3\n')
     script.chmod(0o755)
-    cluster = target(f"kind: local\nspark_home: {home}\nconf: {{spark.a: 'x = y: \\z'}}\n")
+    inside = "kind: yarn\ndeploy_mode: cluster\n"
+    cluster = target(f"{inside}spark_home: {home}\nconf: {{spark.a: 'x = y: \\z'}}\n")
+    file = run_file(source={"format": "delta", "path": "s3a://b/t", "key": "id", "text": "t"}, name="there.yaml")
+    file.write_text(file.read_text().replace("out/docs", "s3a://b/docs"))
 
-    assert composed(cluster, run_file()).run(lambda _: None) == 3
+    assert composed(cluster, file).run(lambda _: None) == 3
 
     seen = tmp_path / "seen"
     assert {path.name for path in seen.iterdir()} == {ZIP, SCRIPT, PROPERTIES}
@@ -133,5 +137,5 @@ def test_what_spark_submit_is_called_with_is_there_while_it_runs_and_its_exit_co
 def test_a_spark_that_is_not_there_is_said_to_be_missing(
     run_file: Callable[..., Path], target: Callable, tmp_path: Path
 ) -> None:
-    with pytest.raises(RunError, match=r"bin/spark-submit' could not be started \(No such file or directory\)"):
+    with pytest.raises(RunError, match=r"none/bin/spark-submit' is not there"):
         composed(target(f"kind: local\nspark_home: {tmp_path}/none\n"), run_file()).run(lambda _: None)
