@@ -106,6 +106,7 @@ def test_a_doctor_visits_both_executors_and_their_model_has_been_sent(
         assert facts["parity"] > 0.999
 
 
+@pytest.mark.long
 def test_a_refusal_of_the_run_is_the_exit_code_of_the_submission(
     target: Path, elsewhere: Path, write_rows: Callable[..., Path], run_file: Callable[..., Path]
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_refusal_of_the_run_is_the_exit_code_of_the_submission(
     assert "LIMIT_MIN_ROWS" in done.stderr
 
 
+@pytest.mark.long
 def test_a_python_that_the_workers_do_not_have_is_said_to_be_missing(
     target: Path, elsewhere: Path, write_rows: Callable[..., Path], run_file: Callable[..., Path]
 ) -> None:

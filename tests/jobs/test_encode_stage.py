@@ -50,6 +50,7 @@ def row(name: str) -> dict[str, str]:
     return {"id": name, "body": f"{word} {name}"}
 
 
+@pytest.mark.long
 def test_a_chunk_that_kills_and_one_that_hangs_become_errors_and_are_tried_again(
     spark: SparkSession,
     defused: Path,

@@ -218,6 +218,7 @@ def staged_hashes(spark: SparkSession, ref: TableRef) -> set[bytes]:
     return {bytes(row[0]) for row in rows}
 
 
+@pytest.mark.long
 def test_a_run_outlives_its_python_workers(spark: SparkSession, tmp_path: Path) -> None:
     config = load_run(settings(tmp_path, DAY, encode={}))
     # Idle workers are taken up again: those that a job before left behind will be the ones that encode.
