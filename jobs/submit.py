@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import py_compile
 import shlex
 import subprocess
 import sys
@@ -176,10 +177,21 @@ def pack_shoal(file: Path) -> None:
             with resources.as_file(resources.files(f"shoal.{package}")) as folder:
                 paths = sorted({*folder.glob("*.py"), *folder.rglob(data)})
                 for path in paths:
-                    entry = zipfile.ZipInfo(f"shoal/{package}/{path.relative_to(folder).as_posix()}")
-                    archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+                    name = f"shoal/{package}/{path.relative_to(folder).as_posix()}"
+                    archive.writestr(zipfile.ZipInfo(name), path.read_bytes(), zipfile.ZIP_DEFLATED)
+                    if path.suffix == ".py":
+                        archive.writestr(zipfile.ZipInfo(f"{name}c"), _compiled(path, name), zipfile.ZIP_DEFLATED)
         about = f"Metadata-Version: 2.1\nName: shoal\nVersion: {version}\n"
         archive.writestr(zipfile.ZipInfo(f"shoal-{version}.dist-info/METADATA"), about)
+
+
+def _compiled(path: Path, name: str) -> bytes:
+    """The module as bytecode: out of a zip Python keeps none, and every worker would compile all of Shoal anew."""
+    with tempfile.NamedTemporaryFile(suffix=".pyc") as made:
+        py_compile.compile(
+            str(path), made.name, name, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+        )
+        return Path(made.name).read_bytes()
 
 
 def _given_up(config: RunConfig, target: TargetConfig) -> list[str]:

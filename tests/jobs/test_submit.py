@@ -108,7 +108,7 @@ def test_the_zip_holds_the_packages_with_their_data_and_says_its_version(tmp_pat
     # Without `site` an editable install, which would come first, is not seen.
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{tmp_path / ZIP}/shoal/udfs/canaries.py ")
+    assert done.stdout.startswith(f"{tmp_path / ZIP}/shoal/udfs/canaries.pyc ")
 
 
 def test_what_spark_submit_is_called_with_is_there_while_it_runs_and_its_exit_code_is_ours(
