@@ -43,7 +43,9 @@ def elsewhere(tmp_path: Path) -> Path:
 @pytest.fixture
 def target(cluster: Cluster, tmp_path: Path) -> Path:
     path = tmp_path / "target.yaml"
-    conf = "{spark.executor.memory: 768m, spark.cores.max: 2, spark.sql.shuffle.partitions: 4}"
+    # Of the settings that Shoal gives a local session, the one that a small table notices most.
+    few = "spark.sql.shuffle.partitions: 4, spark.databricks.delta.snapshotPartitions: 2"
+    conf = f"{{spark.executor.memory: 768m, spark.cores.max: 2, {few}}}"
     path.write_text(f"kind: standalone\nmaster: {cluster.address}\nconf: {conf}\n")
     return path
 
