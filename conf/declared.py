@@ -14,12 +14,14 @@ from shoal.conf.section import Section, SettingPath, dotted
 class FileKind:
     """A kind of YAML file.
 
-    root: its outermost section. noun: what people call it ("a run file"). stand_ins: values for required settings that
-    are missing or broken, so that the rest can be checked; whatever follows from them is never reported.
+    root: its outermost section. noun: what people call it ("a run file"). example: a setting of it. stand_ins: values
+    for required settings that are missing or broken, so that the rest can be checked; whatever follows from them is
+    never reported.
     """
 
     root: type[Section]
     noun: str
+    example: str
     stand_ins: Mapping[SettingPath, Any]
 
     @cache  # noqa: B019 - there is one object for each kind of file

@@ -98,8 +98,8 @@ class StrictLoader(yaml.SafeLoader):
         return node
 
 
-def read_mapping(text: str, name: str, noun: str, takes_text: Callable[[Path], bool]) -> Document:
-    """Read a whole file, a `noun` to people.
+def read_mapping(text: str, name: str, wanted: str, takes_text: Callable[[Path], bool]) -> Document:
+    """Read a whole file; `wanted` says what it should be where it is no mapping.
 
     Raises ConfigError for syntax, while duplicate keys and variables become `problems`. `takes_text` says which
     settings keep a plain scalar as it is written (`revision: 1234567` stays text).
@@ -107,7 +107,7 @@ def read_mapping(text: str, name: str, noun: str, takes_text: Callable[[Path], b
     node = _compose(text, name)
     if not isinstance(node, yaml.MappingNode):
         found = "is empty" if node is None else f"holds {_kind(node)}"
-        raise ConfigError(f"{name} {found}; {noun} is a mapping of settings, such as 'name: docs'.")
+        raise ConfigError(f"{name} {found}; {wanted}.")
     reader = _Reader(name, takes_text, lines=True)
     reader.document.values = reader.mapping(node, ())
     return reader.document

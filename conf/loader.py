@@ -25,6 +25,7 @@ _MOST_SHOWN = 100
 RUN_FILE = FileKind(
     RunConfig,
     "a run file",
+    "name: docs",
     {
         ("name",): "run",
         ("source",): {"format": "json", "path": "-", "key": "-", "text": "-"},
@@ -41,7 +42,7 @@ RUN_FILE = FileKind(
     },
 )
 
-TARGET_FILE = FileKind(TargetConfig, "a target file", {("kind",): "local"})
+TARGET_FILE = FileKind(TargetConfig, "a target file", "kind: local", {("kind",): "local"})
 
 SHIPPED_TARGETS = Path(__file__).parent / "targets"
 
@@ -53,7 +54,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     as YAML), others take YAML, and null removes. Raises ConfigError with a paragraph for every problem.
     """
     name = os.fspath(path)
-    found = document.read_mapping(_file_text(Path(path), name, RUN_FILE), name, RUN_FILE.noun, RUN_FILE.takes_text)
+    found = _read(Path(path), name, RUN_FILE)
     problems = [problem for text in overrides if (problem := _override(RUN_FILE, found, text))]
     folder = Path(_normal(Path(path))).parent
     data = _resolved(found.values, folder)
@@ -76,7 +77,7 @@ def load_target(reference: str) -> TargetConfig:
         )
     path = shipped.get(reference, Path(reference))
     name = path.name if reference in shipped else reference
-    found = document.read_mapping(_file_text(path, name, TARGET_FILE), name, TARGET_FILE.noun, TARGET_FILE.takes_text)
+    found = _read(path, name, TARGET_FILE)
     folder = Path.cwd() if reference in shipped else Path(_normal(path)).parent
     data = copy.deepcopy(found.values)
     for setting in ("spark_home", "environment"):
@@ -93,6 +94,11 @@ def _raise_all(problems: Sequence[str]) -> None:
     if problems:
         more = len(problems) - _MOST_SHOWN
         raise ConfigError("\n\n".join(problems[:_MOST_SHOWN] + [f"And {more} more problems."] * (more > 0)))
+
+
+def _read(path: Path, name: str, kind: FileKind) -> Document:
+    wanted = f"{kind.noun} is a mapping of settings, such as '{kind.example}'"
+    return document.read_mapping(_file_text(path, name, kind), name, wanted, kind.takes_text)
 
 
 def _file_text(path: Path, name: str, kind: FileKind) -> str:

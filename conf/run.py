@@ -24,6 +24,7 @@ from shoal.conf.section import (
     TermPattern,
     Text,
     checked,
+    property_problems,
     raise_all,
 )
 from shoal.conf.source import SourceConfig
@@ -248,7 +249,7 @@ class EncodeConfig(Section):
 
 
 class SparkConfig(Section):
-    """How `shoal` opens Spark when it is not started by spark-submit, and properties for both cases."""
+    """How `shoal` opens Spark when it is not submitted, and properties for both cases."""
 
     master: Text | None = Field(
         default=None, description="Spark master; unset: what spark-submit gives, else `local[*]`."
@@ -260,15 +261,8 @@ class SparkConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        problems = []
-        for name in self.conf:
-            if not name.startswith("spark."):
-                advice = "Spark ignores properties whose name does not start with 'spark.'; for Hadoop put "
-                problems.append(SettingProblem((("conf", name),), advice + "'spark.hadoop.' in front"))
-            elif name in ("spark.master", "spark.driver.memory"):
-                setting = "master" if name == "spark.master" else "driver_memory"
-                problems.append(SettingProblem((("conf", name),), f"use spark.{setting}"))
-        raise_all(problems)
+        own = {"spark.master": "spark.master", "spark.driver.memory": "spark.driver_memory"}
+        raise_all(property_problems(self.conf, own))
         return self
 
 

@@ -5,7 +5,7 @@ advice never repeats a value; the loader adds the settings, what was found and t
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
@@ -245,6 +245,18 @@ def shown(value: Any, path: SettingPath) -> Any:
 
 FREE_SETTINGS = frozenset({"options", "properties", "tags", "conf"})
 """Settings whose entries the user names; only there can the name of an entry say that it is a secret."""
+
+
+def property_problems(conf: Mapping[str, str], own: Mapping[str, str]) -> list[SettingProblem]:
+    """What is wrong with the names of Spark properties under `conf`; `own`: those that have a setting, and which."""
+    problems = []
+    for name in conf:
+        if not name.startswith("spark."):
+            advice = "Spark ignores properties whose name does not start with 'spark.'; for Hadoop put "
+            problems.append(SettingProblem((("conf", name),), advice + "'spark.hadoop.' in front"))
+        elif name in own:
+            problems.append(SettingProblem((("conf", name),), f"use {own[name]}"))
+    return problems
 
 
 def raise_all(problems: list[SettingProblem]) -> None:

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from shoal.conf.section import FreeEntries, Memory, Section, SettingProblem, Text, raise_all
+from shoal.conf.section import FreeEntries, Memory, Section, SettingProblem, Text, property_problems, raise_all
 
 SCHEMES = {"standalone": "spark://", "kubernetes": "k8s://"}
 """What the master of a kind starts with."""
@@ -78,13 +78,7 @@ class TargetConfig(Section):
         if (self.image is not None) is not (self.kind == "kubernetes"):
             advice = "Kubernetes needs an image with Spark, Python and Shoal's packages, and only Kubernetes takes one"
             problems.append(SettingProblem((("kind",), ("image",)), advice))
-        for name in self.conf:
-            if not name.startswith("spark."):
-                advice = "Spark ignores properties whose name does not start with 'spark.'; for Hadoop put "
-                problems.append(SettingProblem((("conf", name),), advice + "'spark.hadoop.' in front"))
-            elif name in OWN_SETTINGS:
-                problems.append(SettingProblem((("conf", name),), f"use {OWN_SETTINGS[name]}"))
-        raise_all(problems)
+        raise_all(problems + property_problems(self.conf, OWN_SETTINGS))
         return self
 
     @property

@@ -24,6 +24,7 @@ from shoal.jobs.canary_store import load_probe
 from shoal.jobs.cells import CELL, FRESH, read_build
 from shoal.jobs.hashing import HASH_BYTES, columns_hash, content_hash, quoted
 from shoal.jobs.layout import TableRef, read_delta, table_named
+from shoal.jobs.model_files import send_model
 from shoal.jobs.prepare import encoder_of, worker_error
 from shoal.jobs.publish import missing_constraints
 from shoal.jobs.published import TERMS, Published, commits, exists, read_published
@@ -328,6 +329,7 @@ class _Auditing:
     def _encoded(self, texts: list[str]) -> dict[int, np.ndarray]:
         """Position -> vector of every text that the table's encoder can encode now."""
         spec = encoder_of(self.published)
+        send_model(self.spark, spec)
         probe = load_probe(self.spark, self.ref, spec.fingerprint)
         places = [(index.to_bytes(4, "big"), text) for index, text in enumerate(texts)]
         batch = self.spark.createDataFrame(places, ENCODE_INPUT_DDL).repartition(slots(self.spark))

@@ -153,8 +153,9 @@ class _Bench:
             hits = nearest(rows, ["id"], self.queries_QD, K)
             self._true[key] = [{row["id"] for row in neighbours} for neighbours in hits]
         true = self._true[key]
-        num_found = sum(len(wanted & set(ids)) for wanted, ids in zip(true, found, strict=False))
-        return round(num_found / max(1, sum(len(wanted) for wanted in true[: len(found)])), 4)
+        true = true[: len(found)]
+        num_found = sum(len(wanted & set(ids)) for wanted, ids in zip(true, found, strict=True))
+        return round(num_found / max(1, sum(len(wanted) for wanted in true)), 4)
 
     def _follow(self) -> None:
         """The functions of the newest version, with the queries of the bench in the place of an encoder."""

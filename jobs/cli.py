@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add(verbs, "plan", "show what embed would do and cost, and write nothing", _plan, file=True)
     _add(verbs, "cutover", "switch a table to the next encoder, once all its vectors are there", _cutover, file=True)
-    about = "run embed on a cluster, by spark-submit"
+    about = "run embed on a cluster"
     submit = _add(verbs, "submit", about, _submit, file=True)
     submit.add_argument(
         "--target", required=True, metavar="TARGET", help="local, standalone, yarn, kubernetes or a FILE"

@@ -1,6 +1,5 @@
 """`shoal doctor`: visits every executor before anything is encoded there, a line for each, and says what is amiss."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,14 @@ from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from shoal.conf.run import RunConfig
+from shoal.jobs.canary_store import probe_of
 from shoal.jobs.meter import human
 from shoal.jobs.model_files import send_model
 from shoal.jobs.prepare import Described, describe_encoders, options_of, worker_error
 from shoal.jobs.session import is_local, slots
+from shoal.udfs.schema import PROBE_OUTPUT_DDL
 from shoal.udfs.vectors import MIN_COSINE, cosines
-from shoal.udfs.visit_udf import VISIT_DDL, make_visit
+from shoal.udfs.visit_udf import make_visit
 
 SETTLED_S = 3.0
 WAIT_S = 30.0
@@ -46,7 +47,7 @@ def doctor(spark: SparkSession, config: RunConfig) -> dict[str, Any]:
     described = describe_encoders(config).serving
     num_executors = wait_for_executors(spark)
     visits = visit(spark, config, described)
-    problems = problems_of(visits, num_executors, described.spec.precision)
+    problems = problems_of(visits, num_executors)
     return {
         "status": "unfit" if problems else "fit",
         "master": spark.sparkContext.master,
@@ -66,7 +67,7 @@ def wait_for_executors(spark: SparkSession) -> int:
         now = max(1, len(tracker.getExecutorInfos()) - 1)
         if now != found:
             found, since = now, time.monotonic()
-        elif time.monotonic() - since >= SETTLED_S or is_local(spark.sparkContext.master):
+        elif time.monotonic() - since >= SETTLED_S or is_local(spark.sparkContext.master or ""):
             break
         time.sleep(0.2)
     return found
@@ -82,19 +83,18 @@ def visit(spark: SparkSession, config: RunConfig, described: Described) -> list[
     # Spark has none where executors come and go.
     barrier = spark.conf.get("spark.dynamicAllocation.enabled", "false") != "true"
     try:
-        rows = spark.range(0, num_slots, 1, num_slots).mapInArrow(look, VISIT_DDL, barrier=barrier).collect()
+        rows = spark.range(0, num_slots, 1, num_slots).mapInArrow(look, PROBE_OUTPUT_DDL, barrier=barrier).collect()
     except (PySparkException, Py4JJavaError) as error:
         raise worker_error(error) from error
     found: dict[str, Visit] = {}
     for row in rows:
-        facts = json.loads(row["facts"])
-        vectors = np.frombuffer(row["canaries"], dtype="<f4")
-        each = Visit(facts, vectors.reshape(-1, spec.dim))
+        told = probe_of("", row["report"], row["vectors"])
+        each = Visit(told.report, told.canaries.vectors_CD)
         found.setdefault(each.name, each)
     return [found[name] for name in sorted(found)]
 
 
-def problems_of(visits: Sequence[Visit], num_executors: int, precision: str) -> list[str]:
+def problems_of(visits: Sequence[Visit], num_executors: int) -> list[str]:
     """What does not fit together, a sentence each, by the first executor."""
     told = []
     if len(visits) < num_executors:
@@ -109,7 +109,7 @@ def problems_of(visits: Sequence[Visit], num_executors: int, precision: str) -> 
             if here != there:
                 told.append(f"{what} is {here} on {first.name} and {there} on {other.name}; {advice}")
         lowest = float(cosines(first.canaries_CD, other.canaries_CD).min())
-        limit = MIN_COSINE.get(first.facts["precision"] if precision == "auto" else precision, 1.0)
+        limit = MIN_COSINE.get(first.facts["precision"], 1.0)
         if lowest < limit:
             told.append(
                 f"the encoder gives other vectors on {other.name} than on {first.name} (lowest cosine {lowest:.6f}, "
@@ -152,6 +152,6 @@ def lines(document: Mapping[str, Any]) -> list[str]:
             f"{facts['name']}: {facts['cores']} cores, {human(facts['memory_bytes'])} memory, "
             f"{human(facts['free_disk_bytes'])} free disk, {device}, Python {facts['python']}, "
             f"torch {facts['libraries'].get('torch', 'none')}, Shoal {facts['shoal']}, model {model}, "
-            f"{facts['backend']} {facts['precision']}, lowest canary cosine {facts['parity']:.6f}"
+            f"{facts['backend']} {facts['precision']}, lowest canary cosine {facts['parity']['min']:.6f}"
         )
     return told + [f"problem: {problem}" for problem in document["problems"]]

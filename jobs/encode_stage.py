@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 
 from shoal.conf.errors import WorkerError
 from shoal.jobs.layout import TableRef
+from shoal.jobs.model_files import send_model
 from shoal.jobs.prepare import worker_error
 from shoal.jobs.staging import append_wave
 from shoal.udfs.canaries import Canaries
@@ -56,6 +57,7 @@ def encode_waves(
     and those in flight are cancelled; waves that have been committed stay. Raises WorkerError when an executor refuses
     (its canaries moved, no device), RunError otherwise.
     """
+    send_model(spark, spec)
     encode_group = f"shoal-encode-{run_id}"
     stopped = Event()
 

@@ -2,6 +2,7 @@
 
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -9,14 +10,14 @@ from weakref import WeakKeyDictionary
 from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
+from shoal.jobs.model_source import CODE_FILES, HUB_FILES, HUB_LEFT_OUT
 from shoal.jobs.session import is_local
+from shoal.udfs.chunking import TOKENIZER_FILE
 from shoal.udfs.encoder_spec import EncoderSpec
-from shoal.udfs.sent_model import archive_name
+from shoal.udfs.sent_model import Part, archive_name
 
 SHARED = "spark.shoal.modelFiles"
 """Set to "shared" where every node has the model under the driver's path; then nothing is sent."""
-
-OTHER_FORMATS = ("onnx/*", "openvino/*", "*/onnx/*", "*/openvino/*", "checkpoint-*/*", "*.bin", "*.h5", "*.msgpack")
 
 _SENT: "WeakKeyDictionary[SparkContext, set[str]]" = WeakKeyDictionary()
 
@@ -24,25 +25,35 @@ _SENT: "WeakKeyDictionary[SparkContext, set[str]]" = WeakKeyDictionary()
 def send_model(spark: SparkSession, spec: EncoderSpec) -> None:
     """Has Spark bring the checkpoint's files to every executor of this application, once to each node.
 
-    Nothing is sent in local mode, for the hash encoder, and where `spark.shoal.modelFiles` is "shared". The archive is
-    written without compression to the driver's temporary folder: as large as the weights, gone with the driver.
+    To be called before each job that loads the encoder: what has been sent is not sent again. Nothing is sent in local
+    mode, for the hash encoder, and where `spark.shoal.modelFiles` is "shared". The archive is written without
+    compression to the driver's temporary folder: as large as the weights, gone with the driver.
     """
+    _send(spark, spec.folder, "model", (*HUB_FILES, *CODE_FILES), HUB_LEFT_OUT)
+
+
+def send_tokenizer(spark: SparkSession, folder: str) -> None:
+    """The same of the checkpoint's tokenizer alone: chunks are cut on nights too that load no encoder."""
+    _send(spark, folder, "tokenizer", (TOKENIZER_FILE,), ())
+
+
+def _send(spark: SparkSession, folder: str, part: Part, wanted: Sequence[str], left_out: Sequence[str]) -> None:
     context = spark.sparkContext
     sent = _SENT.setdefault(context, set())
-    if not spec.folder or spec.folder in sent or is_local(context.master) or spark.conf.get(SHARED, "") == "shared":
+    name = archive_name(folder, part)
+    if not folder or name in sent or is_local(context.master or "") or spark.conf.get(SHARED, "") == "shared":
         return
-    sent.add(spec.folder)
-    name = archive_name(spec.folder)
+    sent.add(name)
     # Spark deletes what is below its own temporary folder when the driver ends, however it ends.
-    folder = Path(context._temp_dir)  # type: ignore[attr-defined]
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=name, suffix=".zip", delete=False) as file:
-        _pack(Path(spec.folder), Path(file.name))
+    temporary = Path(context._temp_dir)  # type: ignore[attr-defined]
+    with tempfile.NamedTemporaryFile(dir=temporary, prefix=name, suffix=".zip", delete=False) as file:
+        _pack(Path(folder), Path(file.name), wanted, left_out)
     context.addArchive(f"{file.name}#{name}")
 
 
-def _pack(folder: Path, file: Path) -> None:
+def _pack(folder: Path, file: Path, wanted: Sequence[str], left_out: Sequence[str]) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if path.is_file() and not any(fnmatch(name, pattern) for pattern in OTHER_FORMATS):
+            if any(fnmatch(name, each) for each in wanted) and not any(fnmatch(name, each) for each in left_out):
                 archive.write(path, name)

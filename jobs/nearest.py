@@ -12,6 +12,7 @@ from pyspark.sql.pandas.types import to_arrow_schema
 
 from shoal.conf.errors import ConfigError
 from shoal.jobs.hashing import quoted
+from shoal.jobs.model_files import send_model
 from shoal.jobs.prepare import worker_error
 from shoal.udfs.encode_udf import make_encode
 from shoal.udfs.encoder import EncodeOptions
@@ -28,6 +29,7 @@ def encode_queries(spark: SparkSession, spec: EncoderSpec, texts: Sequence[str])
 
     Raises ConfigError, showing the query, when one cannot be encoded.
     """
+    send_model(spark, spec)
     rows = [(index.to_bytes(4, "big"), text) for index, text in enumerate(texts)]
     try:
         batch = spark.createDataFrame(rows, ENCODE_INPUT_DDL).coalesce(1)

@@ -25,6 +25,7 @@ from shoal.conf.run import ChunkConfig
 from shoal.conf.source import SourceConfig
 from shoal.jobs.filesystem import full_disk
 from shoal.jobs.hashing import content_hash, quoted
+from shoal.jobs.model_files import send_tokenizer
 from shoal.jobs.source import ROW_TEXT, SourceRows
 from shoal.udfs import reasons
 from shoal.udfs.chunk_udf import make_chunk
@@ -368,6 +369,7 @@ def cut(rows: DataFrame, chunk: ChunkConfig | None, tokenizer_folder: str) -> Da
     if chunk is None:
         return texts.select(*whole)
     good = texts.where(F.col("error").isNull()).select("row_hash", "text")
+    send_tokenizer(rows.sparkSession, tokenizer_folder)
     parts = good.mapInArrow(make_chunk(chunk, tokenizer_folder), CHUNK_OUTPUT_DDL)
     parts = parts.withColumns({"content_hash": content_hash(F.col("text")), "error": F.lit(None).cast("string")})
     bad = texts.where(F.col("error").isNotNull()).select(*whole)

@@ -114,7 +114,6 @@ def resolve_encoder(
     another encoder and the run may not replace them.
     """
     spec = described.spec
-    send_model(spark, spec)
     settled = None if published is None else _as_published(spec, published)
     # A full refresh may bring another encoder, which inherits nothing from its predecessor.
     if (
@@ -154,6 +153,7 @@ def options_of(config: RunConfig, *, role: str = "document") -> EncodeOptions:
 
 def try_out(spark: SparkSession, spec: EncoderSpec, options: EncodeOptions) -> tuple[Probe, EncoderSpec]:
     """Loads the model in one task, settles precision and back end, checks parity, and encodes the canaries."""
+    send_model(spark, spec)
     try:
         row = spark.range(0, 1, 1, 1).mapInArrow(make_probe(spec, options), PROBE_OUTPUT_DDL).collect()[0]
     except (PySparkException, Py4JJavaError) as error:

@@ -28,14 +28,18 @@ _TIME = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
 
 @dataclass(frozen=True)
 class Job:
-    """What is run: `command` on this machine, `arguments` of `shoal` elsewhere, at hour:minute of every day."""
+    """What is run: `shoal` with these arguments, at hour:minute of every day."""
 
     name: str
-    command: tuple[str, ...]
     arguments: tuple[str, ...]
     folder: str
     hour: int
     minute: int
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The call on this machine, for schedulers with another PATH."""
+        return (str(Path(sys.executable).with_name("shoal")), *self.arguments)
 
 
 def schedule(kind: str, file: Path, config: RunConfig, at: str, target: str | None, overrides: Sequence[str]) -> str:
@@ -46,8 +50,7 @@ def schedule(kind: str, file: Path, config: RunConfig, at: str, target: str | No
     path = file.absolute()
     verb = ["embed", str(path)] if target is None else ["submit", str(path), "--target", target]
     arguments = (*verb, *(word for text in overrides for word in ("--set", text)))
-    command = (str(Path(sys.executable).with_name("shoal")), *arguments)
-    job = Job(config.name, command, arguments, str(path.parent), int(found[1]), int(found[2]))
+    job = Job(config.name, arguments, str(path.parent), int(found[1]), int(found[2]))
     return KINDS[kind](job)
 
 

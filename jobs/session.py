@@ -33,6 +33,9 @@ NUM_DELTA_JARS = 5
 CLASS_ARCHIVE = Path(sys.prefix) / "shoal-classes.jsa"
 """The Java classes of Spark and Delta as the JVM wants them in memory, if `class_archive.py` has put them there."""
 
+SUBMITTED = "SHOAL_SUBMITTED"
+"""Environment variable of a driver that `shoal submit` starts: PYSPARK_SUBMIT_ARGS says all that Spark is told."""
+
 _DEFAULTS = {
     # Delta would refuse every version but the newest that was written longer ago than `retain`, also one that was the
     # newest until a minute ago; whether its files are still there is seen when they are read.
@@ -69,8 +72,8 @@ def open_spark(settings: SparkConfig, *, app_name: str, log_file: Path | None = 
     log_file = log_file or default_log_file()
     master = settings.master
     try:
-        if "PYSPARK_SUBMIT_ARGS" in os.environ:
-            # What it says, SparkConf learns from a JVM that has been started with it.
+        if SUBMITTED in os.environ:
+            # What the submission says, SparkConf learns from a JVM that has been started with it.
             _start_jvm(None, log_file, fetched_jars())
         conf, class_path = _configured(settings, app_name)
         master = conf.get("spark.master")
@@ -98,8 +101,8 @@ def _configured(settings: SparkConfig, app_name: str) -> tuple[SparkConf, list[P
     for key, value in settings.conf.items():
         conf.set(key, value)
     defaults = dict(_DEFAULTS)
-    master = conf.get("spark.master")
-    if master is not None and master.startswith("local"):
+    master = conf.get("spark.master") or ""
+    if master.startswith("local"):
         defaults |= _LOCAL_DEFAULTS
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     class_path: list[Path] = []
@@ -209,9 +212,9 @@ def with_settings(spark: SparkSession, wanted: Mapping[str, str]) -> Iterator[No
                 spark.conf.set(name, former)
 
 
-def is_local(master: str | None) -> bool:
+def is_local(master: str) -> bool:
     """Whether the driver does the work itself, so that all it has is there."""
-    return re.match(r"local(\[|$)", master or "") is not None
+    return re.match(r"local(\[|$)", master) is not None
 
 
 def slots(spark: SparkSession) -> int:

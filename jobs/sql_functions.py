@@ -18,6 +18,7 @@ from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ConfigError, ModelError, ShoalError, code_of, first_line
 from shoal.conf.run import EncoderConfig
+from shoal.jobs.model_files import send_model
 from shoal.jobs.model_source import resolve_model
 from shoal.jobs.prepare import model_cache
 from shoal.jobs.served_table import ServedTable, has_been_moved, has_moved, read_served
@@ -90,6 +91,7 @@ class Functions:
         encoders[served.name] = served.encoder or served.problem or ""
         if served.encoder is not None:
             encoders[served.encoder_key] = served.encoder
+            send_model(self.spark, served.encoder.spec)
         self.spark.udf.register(EMBED, query_udf(encoders))
         builds = _BUILDS.setdefault(self.spark, {})
         if served.index is not None:

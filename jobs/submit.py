@@ -1,4 +1,4 @@
-"""`shoal submit`: a verb on a cluster by spark-submit, with everything of Shoal's that the cluster needs."""
+"""`shoal submit`: a verb on a cluster, with everything of Shoal's that the cluster needs."""
 
 import importlib.metadata
 import os
@@ -19,7 +19,7 @@ from shoal.conf.errors import ConfigError, RunError
 from shoal.conf.run import RunConfig
 from shoal.conf.target import TargetConfig
 from shoal.jobs.model_files import SHARED
-from shoal.jobs.session import JARS_OF_SPARK, delta_package, fetched_jars
+from shoal.jobs.session import JARS_OF_SPARK, SUBMITTED, delta_package, fetched_jars
 
 ENVIRONMENT = "environment"
 """Where Spark unpacks a packed environment, below the working folder of an executor and of a driver in the cluster."""
@@ -30,7 +30,6 @@ PACKED = {"conf": "*.y*ml", "udfs": "*.json", "jobs": "*.json"}
 
 ZIP, SCRIPT, PROPERTIES = "shoal.zip", "shoal_submit.py", "spark.conf"
 ZIP_PROPERTY = "spark.submit.pyFiles"
-SHELL = "pyspark-shell"
 LISTS = ("spark.archives", "spark.files", "spark.jars", "spark.jars.packages")
 
 
@@ -60,7 +59,8 @@ class Submission:
         """What the environment of the call has more than ours."""
         found = {"SPARK_HOME": self.spark_home}
         if not self.inside:
-            found |= {"PYSPARK_PYTHON": self.python, "PYSPARK_SUBMIT_ARGS": shlex.join([*_options(folder), SHELL])}
+            given = shlex.join([*_options(folder), "pyspark-shell"])
+            found |= {SUBMITTED: "1", "PYSPARK_PYTHON": self.python, "PYSPARK_SUBMIT_ARGS": given}
         return found
 
     def document(self) -> dict[str, object]:
@@ -91,7 +91,8 @@ class Submission:
         with tempfile.TemporaryDirectory(prefix="shoal-submit-") as made:
             folder = Path(made)
             pack_shoal(folder / ZIP)
-            (folder / SCRIPT).write_text(ENTRY, encoding="utf-8")
+            if self.inside:
+                (folder / SCRIPT).write_text(ENTRY, encoding="utf-8")
             properties = {**self.properties, ZIP_PROPERTY: str(folder / ZIP)}
             told = "".join(f"{_escaped(name)}={_escaped(value)}\n" for name, value in properties.items())
             (folder / PROPERTIES).write_text(told, encoding="utf-8")

@@ -42,7 +42,7 @@ def _chunker(chunk: ChunkConfig, tokenizer_folder: str) -> Chunker:
     if key not in _CHUNKERS:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else every task takes all cores
         _CHUNKERS.clear()
-        _CHUNKERS[key] = Chunker(chunk, folder_here(tokenizer_folder))
+        _CHUNKERS[key] = Chunker(chunk, folder_here(tokenizer_folder, "tokenizer"))
     return _CHUNKERS[key]
 
 

@@ -26,6 +26,8 @@ from shoal.conf.run import ChunkConfig
 Span = tuple[int, int]
 """Start and end in code points, end exclusive."""
 
+TOKENIZER_FILE = "tokenizer.json"
+
 WINDOW_CHARS_PER_TOKEN = 24
 MIN_WINDOW_CHARS = 4_096
 
@@ -165,10 +167,10 @@ def trimmed(text: str, spans: list[Span]) -> list[Span]:
 
 def load_tokenizer(folder: str) -> Tokenizer:
     """The folder's tokenizer.json without its truncation and padding, which would make counts stop at a maximum."""
-    file = Path(folder) / "tokenizer.json"
+    file = Path(folder) / TOKENIZER_FILE
     if not file.is_file():
         raise ModelError(
-            f"chunk.tokens counts with the encoder's tokenizer, but {folder} has no tokenizer.json; "
+            f"chunk.tokens counts with the encoder's tokenizer, but {folder} has no {TOKENIZER_FILE}; "
             "save a fast tokenizer there, or leave out chunk."
         )
     try:

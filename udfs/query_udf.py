@@ -18,6 +18,7 @@ from shoal.udfs.encode_udf import Task, prepare_worker
 from shoal.udfs.encoder import EncodeOptions, Encoder, build_encoder
 from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.feeding import encode_windows
+from shoal.udfs.sent_model import with_files_here
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,17 +127,17 @@ def _encoder_of(wanted: QueryEncoder) -> Encoder:
         while len(_ENCODERS) >= MAX_ENCODERS:
             _ENCODERS.popitem(last=False)
             gc.collect()
-        _require_same_files(wanted)
-        _ENCODERS[key] = build_encoder(wanted.spec, task.device, prepare_worker(task, options))
+        spec = with_files_here(wanted.spec)
+        _require_same_files(spec, wanted.settings)
+        _ENCODERS[key] = build_encoder(spec, task.device, prepare_worker(task, options))
     _ENCODERS.move_to_end(key)
     return _ENCODERS[key]
 
 
-def _require_same_files(wanted: QueryEncoder) -> None:
-    spec = wanted.spec
+def _require_same_files(spec: EncoderSpec, settings: EncoderConfig) -> None:
     if spec.kind == "hash":
         return
-    now = describe_checkpoint(wanted.settings, spec.folder)
+    now = describe_checkpoint(settings, spec.folder)
     digests = ("weights_digest", "tokenizer_digest", "modules_digest")
     changed = [name.partition("_")[0] for name in digests if getattr(now, name) != getattr(spec, name)]
     if changed:

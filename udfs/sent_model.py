@@ -5,25 +5,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 from pyspark import SparkFiles, TaskContext
 
 from shoal.udfs.encoder_spec import EncoderSpec
 
-
-def archive_name(folder: str) -> str:
-    """The name under which Spark unpacks a checkpoint folder on every executor."""
-    return f"shoal-model-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
+Part = Literal["model", "tokenizer"]
+"""What of a checkpoint has been sent: all that an encoder loads, or what cutting into chunks needs."""
 
 
-def folder_here(folder: str) -> str:
+def archive_name(folder: str, part: Part) -> str:
+    """The name under which Spark unpacks that part of a checkpoint folder on every executor."""
+    return f"shoal-{part}-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
+
+
+def folder_here(folder: str, part: Part) -> str:
     """The checkpoint folder on this machine; outside a task of Spark's, and for "" (no files), `folder` itself."""
     if not folder or TaskContext.get() is None:
         return folder
-    sent = Path(SparkFiles.getRootDirectory()) / archive_name(folder)
+    sent = Path(SparkFiles.getRootDirectory()) / archive_name(folder, part)
     return str(sent) if sent.is_dir() else folder
 
 
 def with_files_here(spec: EncoderSpec) -> EncoderSpec:
     """The description with the checkpoint folder of this machine."""
-    return dataclasses.replace(spec, folder=folder_here(spec.folder))
+    return dataclasses.replace(spec, folder=folder_here(spec.folder, "model"))

@@ -7,55 +7,45 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pyarrow as pa
 from pyspark import SparkFiles
 
 from shoal.conf.run import EncoderConfig
-from shoal.udfs.canaries import library_versions
 from shoal.udfs.checkpoint import describe_checkpoint
-from shoal.udfs.encode_udf import Task, prepare_worker, processor_name
+from shoal.udfs.encode_udf import ArrowFunction, Task, probe_batches
 from shoal.udfs.encoder import EncodeOptions
 from shoal.udfs.encoder_spec import EncoderSpec
-from shoal.udfs.resolution import resolve
+from shoal.udfs.schema import PROBE_OUTPUT
 from shoal.udfs.sent_model import with_files_here
-
-VISIT_DDL: Final = "facts STRING, canaries BINARY"
-_SCHEMA: Final = pa.schema([pa.field("facts", pa.string()), pa.field("canaries", pa.binary())])
-
-ArrowFunction = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 
 
 def make_visit(spec: EncoderSpec, settings: EncoderConfig, options: EncodeOptions) -> ArrowFunction:
-    """A `mapInArrow` function that ignores its rows: one row of VISIT_DDL for each task.
+    """A `mapInArrow` function that ignores what its rows say: one row of PROBE_OUTPUT for a partition that has any.
 
-    `facts` is JSON: host, executor (distinct on its host), cores and memory_bytes and free_disk_bytes of the machine,
-    python, processor, libraries, shoal, gpu, model_digest ("" for hash), model_sent
-    (through Spark, not found under the driver's path), device, backend, precision, parity.
-    `canaries`: the canary vectors (C, D) as little-endian float32, by the encoder that a run would use there.
+    `report` is that of `make_probe` and more: host, executor (distinct on its host), cores, memory_bytes and
+    free_disk_bytes of the machine, task_cores, python, shoal, gpu, model_digest ("" for hash), model_sent (through
+    Spark, not found under the driver's path).
     """
 
     def visit(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for _ in batches:
-            pass
-        facts, canaries = look_around(spec, settings, options)
-        yield pa.RecordBatch.from_arrays([pa.array([json.dumps(facts)]), pa.array([canaries])], schema=_SCHEMA)
+        for probed in probe_batches(batches, spec, options):
+            (report,) = probed.column("report").to_pylist()
+            facts = json.loads(report) | facts_here(spec, settings, Task.current(options))
+            told = [pa.array([json.dumps(facts)]), probed.column("vectors")]
+            yield pa.RecordBatch.from_arrays(told, schema=PROBE_OUTPUT)
 
     return visit
 
 
-def look_around(spec: EncoderSpec, settings: EncoderConfig, options: EncodeOptions) -> tuple[dict[str, Any], bytes]:
-    """Facts of this machine, and the canary vectors (C, D) as little-endian float32."""
-    task = Task.current(options)
-    options = prepare_worker(task, options)
+def facts_here(spec: EncoderSpec, settings: EncoderConfig, task: Task) -> dict[str, Any]:
+    """What this machine is, and the model that it has."""
     local = with_files_here(spec)
-    found = resolve(local, task.device, options)
-    digest = describe_checkpoint(settings, local.folder).weights_digest if local.folder else ""
-    facts = {
+    return {
         "host": socket.gethostname(),
         # Spark forks the workers of an executor from one daemon of its own.
         "executor": os.getppid(),
@@ -64,18 +54,11 @@ def look_around(spec: EncoderSpec, settings: EncoderConfig, options: EncodeOptio
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "free_disk_bytes": shutil.disk_usage(SparkFiles.getRootDirectory()).free,
         "python": platform.python_version(),
-        "processor": processor_name(),
-        "libraries": library_versions(),
         "shoal": shoal_version(),
         "gpu": gpu_of(task.device),
-        "model_digest": digest,
+        "model_digest": describe_checkpoint(settings, local.folder).weights_digest if local.folder else "",
         "model_sent": local.folder != spec.folder,
-        "device": task.device,
-        "backend": found.spec.backend,
-        "precision": found.spec.precision,
-        "parity": float(found.parity_C.min()),
     }
-    return facts, found.vectors_CD.astype("<f4").tobytes()
 
 
 def shoal_version() -> str:

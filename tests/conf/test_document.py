@@ -9,7 +9,7 @@ from shoal.conf.errors import ConfigError
 
 
 def read(text: str, *text_settings: str) -> Document:
-    return read_mapping(text, "run.yaml", "a run file", lambda path: ".".join(map(str, path)) in text_settings)
+    return read_mapping(text, "run.yaml", "write a mapping", lambda path: ".".join(map(str, path)) in text_settings)
 
 
 def test_scalars_follow_the_core_of_yaml_1_2() -> None:

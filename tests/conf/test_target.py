@@ -67,7 +67,7 @@ def test_an_unknown_name_is_told_the_known_ones() -> None:
         ("kind: local\nconf: {fs.s3a.endpoint: e}\n", "put 'spark.hadoop.' in front"),
         ("kind: slurm\n", "choose one of local, standalone, yarn, kubernetes"),
         ("kindd: local\n", "did you mean kind?"),
-        ("- a\n", "a target file is a mapping of settings"),
+        ("- a\n", "a target file is a mapping of settings, such as 'kind: local'"),
     ],
 )
 def test_a_broken_target_is_told_in_a_sentence(text: str, told: str, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def visited(canaries_CD: np.ndarray = CANARIES_CD, **facts: Any) -> Visit:
 
 
 def test_executors_that_are_alike_are_fit() -> None:
-    assert problems_of([visited(), visited(host="b"), visited(executor=8)], 3, "auto") == []
+    assert problems_of([visited(), visited(host="b"), visited(executor=8)], 3) == []
 
 
 @pytest.mark.parametrize(
@@ -43,22 +43,22 @@ def test_executors_that_are_alike_are_fit() -> None:
     ],
 )
 def test_what_differs_is_named_with_both_executors(facts: dict[str, Any], told: str) -> None:
-    (problem,) = problems_of([visited(), visited(host="b", **facts)], 2, "auto")
+    (problem,) = problems_of([visited(), visited(host="b", **facts)], 2)
     assert problem.startswith(told)
 
 
 def test_other_vectors_are_a_problem_beyond_what_the_precision_allows() -> None:
     moved = CANARIES_CD.copy()
     moved[1, 0] = 0.02  # a cosine of 0.9998
-    told = problems_of([visited(), visited(moved, host="b")], 2, "float32")
+    told = problems_of([visited(), visited(moved, host="b")], 2)
     assert len(told) == 1
     assert told[0].startswith("the encoder gives other vectors on b/7 than on a/7 (lowest cosine 0.9998")
     both = [visited(precision="bfloat16"), visited(moved, host="b", precision="bfloat16")]
-    assert problems_of(both, 2, "auto") == []
+    assert problems_of(both, 2) == []
 
 
 def test_executors_that_were_not_visited_are_counted() -> None:
-    (told,) = problems_of([visited()], 3, "auto")
+    (told,) = problems_of([visited()], 3)
     assert told.startswith("3 executors are registered, and 1 were visited")
 
 

@@ -18,12 +18,16 @@ SPARK_HOME = Path(pyspark.__file__).parent
 NUM_WORKERS = 2
 PR_SET_PDEATHSIG = 1
 
+SHORT_LIVED = "-XX:TieredStopAtLevel=1"
+"""Options of a JVM that ends before the code it would compile best has paid for that; executors have it too."""
+
 
 class Cluster:
     """Daemons as processes of their own; `stop` or `kill` ends them, with all executors and Python workers."""
 
     def __init__(self, folder: Path, *, memory: str = "1g") -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         self.port, self.web = _free_port(), _free_port()
         self.address = f"spark://127.0.0.1:{self.port}"
         self._log = (folder / "daemons.log").open("a")
@@ -83,7 +87,8 @@ class Cluster:
             "SPARK_LOCAL_IP": "127.0.0.1",
             "SPARK_LOCAL_DIRS": str(folder / "local"),
             "SPARK_DAEMON_MEMORY": "256m",
-            "SPARK_DAEMON_JAVA_OPTS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+            "SPARK_DAEMON_JAVA_OPTS": "-XX:+UseSerialGC",
+            "JDK_JAVA_OPTIONS": SHORT_LIVED,
             "PYSPARK_PYTHON": sys.executable,
         }
         name = f"org.apache.spark.deploy.{role.lower()}.{role}"
@@ -99,8 +104,9 @@ def die_with_parent() -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what Spark would take settings from."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("SPARK_", "PYSPARK_"))}
+    """This process's environment without what Spark would take settings from, for drivers that are short-lived."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SPARK_", "PYSPARK_"))}
+    return kept | {"SPARK_SUBMIT_OPTS": SHORT_LIVED}
 
 
 def processes() -> tuple[dict[int, int], dict[int, str]]:
