@@ -107,9 +107,9 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_three_folders_under_shoal_and_nothing_else(unpacked: Path) -> None:
     kinds = {"conf": {".py", ".yaml"}, "jobs": {".py"}, "udfs": {".py", ".json"}}
     expected = {
-        f"shoal/{folder}/{path.name}"
+        f"shoal/{path.relative_to(ROOT).as_posix()}"
         for folder, suffixes in kinds.items()
-        for path in (ROOT / folder).iterdir()
+        for path in (ROOT / folder).rglob("*")
         if path.suffix in suffixes
     }
     found = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
