@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 # Hundreds of small queries, each run once or twice: compiling and adapting their plans costs more than it saves, half
 # of the time of a run. Tests on a cluster, of the command line and of the quickstart leave Spark as users have it.
 SMALL_QUERIES = {
-    "spark.driver.extraJavaOptions": "-XX:+UseSerialGC",
+    "spark.driver.extraJavaOptions": "-XX:+UseSerialGC -XX:TieredStopAtLevel=4",
     "spark.sql.adaptive.enabled": "false",
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     "spark.sql.codegen.wholeStage": "false",
     "spark.sql.shuffle.partitions": "2",
     "spark.sql.ui.retainedExecutions": "10",
 }
+
+# A JVM that lives for a command spends half of its time on compiling what it will not run often enough; the session of
+# the tests above lives for hundreds of them.
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
 
 # These run commands in processes of their own, encode with a real model, or both.
 LONGEST = {"test_quickstart.py", "test_protocol.py", "test_cranfield.py", "test_docs.py"}
