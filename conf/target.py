@@ -2,12 +2,15 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from shoal.conf.section import FreeEntries, Memory, Section, SettingProblem, Text, property_problems, raise_all
 
 SCHEMES = {"standalone": "spark://", "kubernetes": "k8s://"}
 """What the master of a kind starts with."""
+
+ENCODERS_PER_GPU = "spark.shoal.encodersPerGpu"
+"""The Spark property of Shoal's own that says how many tasks encode on one GPU at the same time."""
 
 OWN_SETTINGS = {
     "spark.master": "master",
@@ -15,6 +18,8 @@ OWN_SETTINGS = {
     "spark.driver.memory": "driver_memory",
     "spark.pyspark.python": "python",
     "spark.kubernetes.container.image": "image",
+    "spark.executor.resource.gpu.amount": "gpus",
+    ENCODERS_PER_GPU: "encoders_per_gpu",
 }
 """Spark properties that a target has a setting for."""
 
@@ -51,6 +56,13 @@ class TargetConfig(Section):
         default="send",
         description="Whether the encoder's files are sent to each node, or are found there under the driver's path.",
     )
+    gpus: PositiveInt | None = Field(
+        default=None,
+        description="GPUs of each executor: encoding has a task for each, and all other work uses every core.",
+    )
+    encoders_per_gpu: PositiveInt = Field(
+        default=1, description="Tasks that encode on one GPU at the same time, each with a copy of the model."
+    )
     driver_memory: Memory | None = Field(default=None, description="Memory of the driver.")
     conf: FreeEntries = Field(default_factory=dict, description="More Spark properties, by their full names.")
 
@@ -75,6 +87,11 @@ class TargetConfig(Section):
                     (("python",), ("environment",)), "a packed environment brings its Python; keep one of them"
                 )
             )
+        if self.kind == "local" and self.gpus:
+            advice = "a local master hands out no GPUs; name the GPU of this machine by encode.device of the run file"
+            problems.append(SettingProblem((("kind",), ("gpus",)), advice))
+        if self.encoders_per_gpu > 1 and not self.gpus:
+            problems.append(SettingProblem((("encoders_per_gpu",),), "say with gpus how many an executor has"))
         if (self.image is not None) is not (self.kind == "kubernetes"):
             advice = "Kubernetes needs an image with Spark, Python and Shoal's packages, and only Kubernetes takes one"
             problems.append(SettingProblem((("kind",), ("image",)), advice))

@@ -22,14 +22,14 @@ from shoal.conf.errors import CODES, ConfigError, DestinationError, ShoalError
 from shoal.conf.fingerprint import digest
 from shoal.jobs.canary_store import load_probe
 from shoal.jobs.cells import CELL, FRESH, read_build
+from shoal.jobs.encoder_tasks import encoder_tasks, map_encoders
 from shoal.jobs.hashing import HASH_BYTES, columns_hash, content_hash, quoted
 from shoal.jobs.layout import TableRef, read_delta, table_named
-from shoal.jobs.model_files import send_model
 from shoal.jobs.prepare import encoder_of, worker_error
 from shoal.jobs.publish import missing_constraints
 from shoal.jobs.published import TERMS, Published, commits, exists, read_published
 from shoal.jobs.report import plain
-from shoal.jobs.session import slots, with_settings
+from shoal.jobs.session import with_settings
 from shoal.udfs import reasons
 from shoal.udfs.encode_udf import make_encode
 from shoal.udfs.encoder import EncodeOptions
@@ -329,13 +329,12 @@ class _Auditing:
     def _encoded(self, texts: list[str]) -> dict[int, np.ndarray]:
         """Position -> vector of every text that the table's encoder can encode now."""
         spec = encoder_of(self.published)
-        send_model(self.spark, spec)
         probe = load_probe(self.spark, self.ref, spec.fingerprint)
         places = [(index.to_bytes(4, "big"), text) for index, text in enumerate(texts)]
-        batch = self.spark.createDataFrame(places, ENCODE_INPUT_DDL).repartition(slots(self.spark))
+        batch = self.spark.createDataFrame(places, ENCODE_INPUT_DDL).repartition(encoder_tasks(self.spark).slots)
         encode = make_encode(spec, EncodeOptions(), probe.canaries if probe else None)
         try:
-            rows = batch.mapInArrow(encode, ENCODE_OUTPUT_DDL).collect()
+            rows = map_encoders(batch, spec, encode, ENCODE_OUTPUT_DDL).collect()
         except (PySparkException, Py4JJavaError) as error:
             raise worker_error(error) from error
         return {

@@ -1,6 +1,5 @@
 """`shoal doctor`: visits every executor before anything is encoded there, a line for each, and says what is amiss."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +12,12 @@ from pyspark.sql import SparkSession
 
 from shoal.conf.run import RunConfig
 from shoal.jobs.canary_store import probe_of
+from shoal.jobs.encoder_tasks import encoder_tasks, map_encoders, wait_for_executors
 from shoal.jobs.meter import human
-from shoal.jobs.model_files import send_model
 from shoal.jobs.prepare import Described, describe_encoders, options_of, worker_error
-from shoal.jobs.session import is_local, slots
 from shoal.udfs.schema import PROBE_OUTPUT_DDL
 from shoal.udfs.vectors import MIN_COSINE, cosines
 from shoal.udfs.visit_udf import make_visit
-
-SETTLED_S = 3.0
-WAIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -51,39 +46,23 @@ def doctor(spark: SparkSession, config: RunConfig) -> dict[str, Any]:
     return {
         "status": "unfit" if problems else "fit",
         "master": spark.sparkContext.master,
-        "slots": slots(spark),
+        "slots": encoder_tasks(spark).slots,
         "executors": [{"name": each.name, **each.facts} for each in visits],
         "problems": problems,
     }
 
 
-def wait_for_executors(spark: SparkSession) -> int:
-    """Number of executors, once it has not grown for a while; in local mode the driver is the one."""
-    tracker = spark.sparkContext._jsc.sc().statusTracker()  # type: ignore[attr-defined]
-    end = time.monotonic() + WAIT_S
-    found, since = 0, time.monotonic()
-    while time.monotonic() < end:
-        # The driver is in the list too, and does the work in local mode alone.
-        now = max(1, len(tracker.getExecutorInfos()) - 1)
-        if now != found:
-            found, since = now, time.monotonic()
-        elif time.monotonic() - since >= SETTLED_S or is_local(spark.sparkContext.master or ""):
-            break
-        time.sleep(0.2)
-    return found
-
-
 def visit(spark: SparkSession, config: RunConfig, described: Described) -> list[Visit]:
     """One visit for each executor that has a free slot, in the order of their names."""
     spec = described.spec
-    send_model(spark, spec)
     look = make_visit(spec, described.settings, options_of(config))
-    num_slots = slots(spark)
+    num_slots = encoder_tasks(spark).slots
     # A barrier starts all tasks at once, so that no executor does the work of another; it needs every slot free, and
     # Spark has none where executors come and go.
     barrier = spark.conf.get("spark.dynamicAllocation.enabled", "false") != "true"
     try:
-        rows = spark.range(0, num_slots, 1, num_slots).mapInArrow(look, PROBE_OUTPUT_DDL, barrier=barrier).collect()
+        each_slot = spark.range(0, num_slots, 1, num_slots)
+        rows = map_encoders(each_slot, spec, look, PROBE_OUTPUT_DDL, barrier=barrier).collect()
     except (PySparkException, Py4JJavaError) as error:
         raise worker_error(error) from error
     found: dict[str, Visit] = {}
@@ -102,6 +81,12 @@ def problems_of(visits: Sequence[Visit], num_executors: int) -> list[str]:
             f"{num_executors} executors are registered, and {len(visits)} were visited: the others have no free slot, "
             "or are just coming; run it again"
         )
+    told += [
+        f"{each.name} was given {each.facts['device']}, and torch finds no CUDA device there; it needs NVIDIA's "
+        "driver, and a torch that was built for CUDA"
+        for each in visits
+        if each.facts["device"].startswith("cuda") and each.facts["gpu"] is None
+    ]
     first = visits[0]
     for other in visits[1:]:
         for what, advice in SAME.items():

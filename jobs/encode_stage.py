@@ -12,8 +12,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from shoal.conf.errors import WorkerError
+from shoal.jobs.encoder_tasks import map_encoders
 from shoal.jobs.layout import TableRef
-from shoal.jobs.model_files import send_model
 from shoal.jobs.prepare import worker_error
 from shoal.jobs.staging import append_wave
 from shoal.udfs.canaries import Canaries
@@ -57,7 +57,6 @@ def encode_waves(
     and those in flight are cancelled; waves that have been committed stay. Raises WorkerError when an executor refuses
     (its canaries moved, no device), RunError otherwise.
     """
-    send_model(spark, spec)
     encode_group = f"shoal-encode-{run_id}"
     stopped = Event()
 
@@ -70,7 +69,7 @@ def encode_waves(
         texts = in_slots(todo.where(F.col("wave") == wave), num_slots).select("content_hash", "text")
         function = make_encode(spec, options, canaries, target, isolated=isolated)
         append_wave(
-            texts.mapInArrow(function, ENCODE_OUTPUT_DDL),
+            map_encoders(texts, spec, function, ENCODE_OUTPUT_DDL),
             ref,
             fingerprint=spec.fingerprint,
             run_id=run_id,

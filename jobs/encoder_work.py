@@ -10,6 +10,7 @@ from shoal.conf.run import RunConfig
 from shoal.jobs.bookkeeping import Bookkeeper
 from shoal.jobs.canary_store import Probe, load_probe, save_probe
 from shoal.jobs.encode_stage import encode_waves
+from shoal.jobs.encoder_tasks import encoder_tasks
 from shoal.jobs.estimate import Estimate, estimate
 from shoal.jobs.filesystem import join
 from shoal.jobs.have import Have, find_have, look_back
@@ -22,7 +23,6 @@ from shoal.jobs.progress import Points, shown_progress
 from shoal.jobs.publish import assemble
 from shoal.jobs.published import Published
 from shoal.jobs.reconcile import Account, reconcile
-from shoal.jobs.session import slots
 from shoal.jobs.staging import staged_errors, staged_vectors
 from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.progress import ProgressReceiver, ProgressTarget
@@ -71,7 +71,7 @@ class EncoderWork:
             # Nothing but damage asks for that, so what is published is not taken over.
             published = None
         have = find_have(self.spark, self.ref, published, self.spec.fingerprint, staged=staged)
-        waves = Waves(slots(self.spark), self.config.encode.wave_chunks)
+        waves = Waves(encoder_tasks(self.spark).slots, self.config.encode.wave_chunks)
         folder = self.spec.folder
         chunks = plan_chunks(rows, self.config.chunk, folder, have.hashes(), self.keep, waves, take)
         if published is not None and published.fingerprint == self.spec.fingerprint:
@@ -93,7 +93,7 @@ class EncoderWork:
         rate = None
         if DeltaTable.isDeltaTable(self.spark, self.ref.runs):
             rate = Bookkeeper(self.spark, self.ref, lambda _: None).last_rate(self.spec.fingerprint)
-        return rate or float(self.probe().report["tokens_per_s"]) * slots(self.spark)
+        return rate or float(self.probe().report["tokens_per_s"]) * encoder_tasks(self.spark).slots
 
     def estimate(self, todo: DataFrame | None, num_todo: int) -> Estimate:
         """What these contents (content_hash, text) cost to encode."""
@@ -137,7 +137,7 @@ class EncoderWork:
                     self.ref,
                     chunks.todo,
                     chunks.num_waves,
-                    num_slots=slots(self.spark),
+                    num_slots=encoder_tasks(self.spark).slots,
                     run_id=run_id,
                     spec=spec,
                     options=self.options,

@@ -5,6 +5,7 @@ import zipfile
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from threading import Lock
 from weakref import WeakKeyDictionary
 
 from pyspark import SparkContext
@@ -19,6 +20,7 @@ from shoal.udfs.sent_model import Part, archive_name
 SHARED = "spark.shoal.modelFiles"
 """Set to "shared" where every node has the model under the driver's path; then nothing is sent."""
 
+_SENDING = Lock()
 _SENT: "WeakKeyDictionary[SparkContext, set[str]]" = WeakKeyDictionary()
 
 
@@ -39,16 +41,20 @@ def send_tokenizer(spark: SparkSession, folder: str) -> None:
 
 def _send(spark: SparkSession, folder: str, part: Part, wanted: Sequence[str], left_out: Sequence[str]) -> None:
     context = spark.sparkContext
-    sent = _SENT.setdefault(context, set())
     name = archive_name(folder, part)
-    if not folder or name in sent or is_local(context.master or "") or spark.conf.get(SHARED, "") == "shared":
+    if not folder or is_local(context.master or "") or spark.conf.get(SHARED, "") == "shared":
         return
-    sent.add(name)
-    # Spark deletes what is below its own temporary folder when the driver ends, however it ends.
-    temporary = Path(context._temp_dir)  # type: ignore[attr-defined]
-    with tempfile.NamedTemporaryFile(dir=temporary, prefix=name, suffix=".zip", delete=False) as file:
-        _pack(Path(folder), Path(file.name), wanted, left_out)
-    context.addArchive(f"{file.name}#{name}")
+    # Waves start from threads, and none may start before all is on its way.
+    with _SENDING:
+        sent = _SENT.setdefault(context, set())
+        if name in sent:
+            return
+        # Spark deletes what is below its own temporary folder when the driver ends, however it ends.
+        temporary = Path(context._temp_dir)  # type: ignore[attr-defined]
+        with tempfile.NamedTemporaryFile(dir=temporary, prefix=name, suffix=".zip", delete=False) as file:
+            _pack(Path(folder), Path(file.name), wanted, left_out)
+        context.addArchive(f"{file.name}#{name}")
+        sent.add(name)
 
 
 def _pack(folder: Path, file: Path, wanted: Sequence[str], left_out: Sequence[str]) -> None:

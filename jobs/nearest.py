@@ -11,8 +11,8 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from shoal.conf.errors import ConfigError
+from shoal.jobs.encoder_tasks import map_encoders
 from shoal.jobs.hashing import quoted
-from shoal.jobs.model_files import send_model
 from shoal.jobs.prepare import worker_error
 from shoal.udfs.encode_udf import make_encode
 from shoal.udfs.encoder import EncodeOptions
@@ -29,11 +29,11 @@ def encode_queries(spark: SparkSession, spec: EncoderSpec, texts: Sequence[str])
 
     Raises ConfigError, showing the query, when one cannot be encoded.
     """
-    send_model(spark, spec)
     rows = [(index.to_bytes(4, "big"), text) for index, text in enumerate(texts)]
     try:
         batch = spark.createDataFrame(rows, ENCODE_INPUT_DDL).coalesce(1)
-        encoded = batch.mapInArrow(make_encode(spec, EncodeOptions(role="query")), ENCODE_OUTPUT_DDL).collect()
+        encode = make_encode(spec, EncodeOptions(role="query"))
+        encoded = map_encoders(batch, spec, encode, ENCODE_OUTPUT_DDL).collect()
     except (PySparkException, Py4JJavaError) as error:
         raise worker_error(error) from error
     by_index = {int.from_bytes(row["content_hash"], "big"): row for row in encoded}

@@ -17,9 +17,9 @@ from shoal.conf.redact import scrub
 from shoal.conf.run import EncoderConfig, RunConfig
 from shoal.jobs.canary_store import Probe, known_precision, probe_of
 from shoal.jobs.cells import CELL
+from shoal.jobs.encoder_tasks import map_encoders
 from shoal.jobs.filesystem import full_disk
 from shoal.jobs.layout import TableRef
-from shoal.jobs.model_files import send_model
 from shoal.jobs.model_source import pinned_reference, resolve_spec
 from shoal.jobs.publish import missing_constraints
 from shoal.jobs.published import Published
@@ -153,9 +153,9 @@ def options_of(config: RunConfig, *, role: str = "document") -> EncodeOptions:
 
 def try_out(spark: SparkSession, spec: EncoderSpec, options: EncodeOptions) -> tuple[Probe, EncoderSpec]:
     """Loads the model in one task, settles precision and back end, checks parity, and encodes the canaries."""
-    send_model(spark, spec)
     try:
-        row = spark.range(0, 1, 1, 1).mapInArrow(make_probe(spec, options), PROBE_OUTPUT_DDL).collect()[0]
+        one = spark.range(0, 1, 1, 1)
+        row = map_encoders(one, spec, make_probe(spec, options), PROBE_OUTPUT_DDL).collect()[0]
     except (PySparkException, Py4JJavaError) as error:
         raise worker_error(error) from error
     told = probe_of("", row["report"], row["vectors"]).report

@@ -16,8 +16,10 @@ from pathlib import Path
 import pyspark
 
 from shoal.conf.errors import ConfigError, RunError
+from shoal.conf.loader import SHIPPED_TARGETS
 from shoal.conf.run import RunConfig
-from shoal.conf.target import TargetConfig
+from shoal.conf.target import ENCODERS_PER_GPU, TargetConfig
+from shoal.jobs.encoder_tasks import GPUS
 from shoal.jobs.model_files import SHARED
 from shoal.jobs.session import JARS_OF_SPARK, SUBMITTED, delta_package, fetched_jars
 
@@ -30,6 +32,8 @@ PACKED = {"conf": "*.y*ml", "udfs": "*.json", "jobs": "*.json"}
 
 ZIP, SCRIPT, PROPERTIES = "shoal.zip", "shoal_submit.py", "spark.conf"
 ZIP_PROPERTY = "spark.submit.pyFiles"
+DISCOVERY, VENDOR = "spark.executor.resource.gpu.discoveryScript", "spark.executor.resource.gpu.vendor"
+DISCOVERY_SCRIPT = SHIPPED_TARGETS / "discover_gpus.sh"
 LISTS = ("spark.archives", "spark.files", "spark.jars", "spark.jars.packages")
 
 
@@ -141,6 +145,8 @@ def compose(
         properties["spark.archives"] = f"{target.environment}#{ENVIRONMENT}"
     if target.image:
         properties["spark.kubernetes.container.image"] = target.image
+    if target.gpus:
+        properties |= _gpu_properties(target, target.gpus)
     if target.model == "shared":
         properties[SHARED] = "shared"
     jars = [] if inside else fetched_jars()
@@ -149,7 +155,7 @@ def compose(
     else:
         properties |= {"spark.jars.packages": delta_package(), "spark.jars.excludes": JARS_OF_SPARK}
     if inside:
-        properties["spark.files"] = str(file.absolute())
+        properties = _with(properties, {"spark.files": str(file.absolute())})
     arguments = [verb, file.name if inside else str(file.absolute()), *arguments, *_given_up(config, target)]
     return Submission(
         spark_home=target.spark_home or os.environ.get("SPARK_HOME") or str(Path(pyspark.__file__).parent),
@@ -159,6 +165,17 @@ def compose(
         inside=inside,
         python=python,
     )
+
+
+def _gpu_properties(target: TargetConfig, num_gpus: int) -> dict[str, str]:
+    """What asks for executors with GPUs; a standalone worker has been told how to find its own when it was started."""
+    properties = {GPUS: str(num_gpus), ENCODERS_PER_GPU: str(target.encoders_per_gpu)}
+    if target.kind == "yarn":
+        properties |= {DISCOVERY: f"./{DISCOVERY_SCRIPT.name}", "spark.files": str(DISCOVERY_SCRIPT)}
+    elif target.kind == "kubernetes":
+        # Every image that Spark's own tool builds has this one.
+        properties |= {DISCOVERY: "/opt/spark/examples/src/main/scripts/getGpusResources.sh", VENDOR: "nvidia.com"}
+    return properties
 
 
 def _with(properties: Mapping[str, str], conf: Mapping[str, str]) -> dict[str, str]:

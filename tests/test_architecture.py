@@ -101,6 +101,7 @@ KNOWN_HOSTS = {
     "huggingface.co",
     "json-schema.org",
     "keepachangelog.com",
+    "nvidia.com",
     "semver.org",
 }
 REGISTRY = re.compile(r"artifact(?:ory)|--index(?:-url)", re.IGNORECASE)

@@ -105,7 +105,7 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_three_folders_under_shoal_and_nothing_else(unpacked: Path) -> None:
-    kinds = {"conf": {".py", ".yaml"}, "jobs": {".py"}, "udfs": {".py", ".json"}}
+    kinds = {"conf": {".py", ".yaml", ".sh"}, "jobs": {".py"}, "udfs": {".py", ".json"}}
     expected = {
         f"shoal/{path.relative_to(ROOT).as_posix()}"
         for folder, suffixes in kinds.items()

@@ -70,11 +70,13 @@ def shoal_version() -> str:
 
 
 def gpu_of(device: str) -> dict[str, Any] | None:
-    """Name, memory_bytes and driver of a CUDA device; None for the CPU."""
+    """Name, memory_bytes and driver of a CUDA device; None for the CPU, and where torch finds no such device."""
     if not device.startswith("cuda"):
         return None
     import torch  # seconds, and only where there is a device
 
+    if not torch.cuda.is_available():
+        return None
     properties = torch.cuda.get_device_properties(device)
     driver = Path("/proc/driver/nvidia/version")
     told = driver.read_text(encoding="ascii").split("Module")[-1].split()[0] if driver.exists() else None

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from cluster import Cluster, clean_environment
 from pyspark.sql import SparkSession
 
@@ -63,6 +65,38 @@ def unpacked(cluster: Cluster) -> dict[str, set[str]]:
     for path in cluster.folder.glob("work*/app-*/*/"):
         found.setdefault(path.parent.name, set()).update(each.name.split("-")[1] for each in path.glob("shoal-*"))
     return found
+
+
+def most_at_once(log: Path) -> tuple[int, int]:
+    """Tasks that one executor ran at once, at most: in stages with a resource profile of their own, and in others."""
+    events = [json.loads(line) for file in sorted(log.glob("events_*")) for line in file.read_text().splitlines()]
+    profiles = {
+        event["Stage Info"]["Stage ID"]: event["Stage Info"]["Resource Profile Id"]
+        for event in events
+        if event["Event"] == "SparkListenerStageSubmitted"
+    }
+    cpus = {
+        event["Resource Profile Id"]: event["Task Resource Requests"]["cpus"]["Amount"]
+        for event in events
+        if event["Event"] == "SparkListenerResourceProfileAdded"
+    }
+    # Spark reports an end later than it gives the slot away, so a task counts for as long as its executor says, which
+    # counts every core of a task.
+    changes = []
+    for event in events:
+        if event["Event"] == "SparkListenerTaskEnd":
+            info, metrics = event["Task Info"], event["Task Metrics"]
+            profile = profiles[event["Stage ID"]]
+            busy = metrics["Executor Deserialize Time"] + metrics["Executor Run Time"]
+            end = info["Launch Time"] + busy / cpus[profile]
+            place = (profile == 0, info["Executor ID"])
+            changes += [(info["Launch Time"], 1, place), (end, -1, place)]
+    most = [0, 0]
+    running: Counter[tuple[bool, str]] = Counter()
+    for _, change, place in sorted(changes):
+        running[place] += change
+        most[place[0]] = max(most[place[0]], running[place])
+    return most[0], most[1]
 
 
 def vectors_of(spark: SparkSession, table: Path) -> dict[str, np.ndarray]:
@@ -153,6 +187,49 @@ def test_a_real_model_is_sent_to_the_workers_with_the_tokenizer_that_cuts_its_ch
     assert json.loads(again.stdout)["chunks"]["encoded"] == 0
     first, second = [sent for application, sent in sorted(unpacked(cluster).items()) if application not in before]
     assert (first, second) == ({"model", "tokenizer"}, set())
+
+
+def test_encoding_has_a_task_for_each_gpu_and_all_other_work_every_core(
+    target: Path,
+    elsewhere: Path,
+    spark: SparkSession,
+    write_rows: Callable[..., Path],
+    run_file: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    write_rows([{"id": str(index), "body": f"text number {index}"} for index in range(600)])
+    path = run_file(encode={"wave_chunks": 300})
+    events = tmp_path / "events"
+    events.mkdir()
+    with_gpus = Cluster(tmp_path / "gpus", cores=2, num_gpus=1)
+    try:
+        with_gpus.wait()
+        conf = {
+            "spark.executor.memory": "768m",
+            "spark.sql.shuffle.partitions": "4",
+            "spark.databricks.delta.snapshotPartitions": "4",
+            "spark.eventLog.enabled": "true",
+            "spark.eventLog.compress": "false",
+            "spark.eventLog.dir": str(events),
+        }
+        settings = {"kind": "standalone", "master": with_gpus.address, "gpus": 1, "conf": conf}
+        target.write_text(yaml.safe_dump(settings))
+        seen = shoal(elsewhere, "doctor", path, "--target", target, "--json")
+        before = set(events.iterdir())
+        done = shoal(elsewhere, "submit", path, "--target", target, "--json")
+    finally:
+        with_gpus.kill()
+
+    # There is no GPU behind the addresses, which the doctor says of both.
+    assert seen.returncode == 1, seen.stderr
+    assert [facts["device"] for facts in json.loads(seen.stdout)["executors"]] == ["cuda:0", "cuda:0"]
+    assert seen.stdout.count("was given cuda:0, and torch finds no CUDA device") == 2
+    assert done.returncode == 0, done.stderr
+    assert len(vectors_of(spark, tmp_path / "out/docs")) == 600
+    (run,) = set(events.iterdir()) - before
+    encoding, other = most_at_once(run)
+    assert encoding == 1
+    assert other == 2
 
 
 @pytest.mark.long

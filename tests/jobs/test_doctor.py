@@ -20,6 +20,8 @@ FACTS: dict[str, Any] = {
     "libraries": {"torch": "2.9", "numpy": "2.3"},
     "model_digest": "abc",
     "precision": "float32",
+    "device": "cpu",
+    "gpu": None,
 }
 
 
@@ -45,6 +47,13 @@ def test_executors_that_are_alike_are_fit() -> None:
 def test_what_differs_is_named_with_both_executors(facts: dict[str, Any], told: str) -> None:
     (problem,) = problems_of([visited(), visited(host="b", **facts)], 2)
     assert problem.startswith(told)
+
+
+def test_a_gpu_that_torch_does_not_find_is_a_problem() -> None:
+    found = visited(device="cuda:1", gpu={"name": "H200"})
+    lost = visited(host="b", device="cuda:1")
+    (told,) = problems_of([found, lost], 2)
+    assert told.startswith("b/7 was given cuda:1, and torch finds no CUDA device there")
 
 
 def test_other_vectors_are_a_problem_beyond_what_the_precision_allows() -> None:

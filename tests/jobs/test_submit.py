@@ -1,5 +1,7 @@
 """What `shoal submit` tells Spark, without a cluster: tests/jobs/test_cluster.py has one."""
 
+import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -11,7 +13,10 @@ import pytest
 
 from shoal.conf.errors import ConfigError, RunError
 from shoal.conf.loader import load_run, load_target
-from shoal.jobs.submit import PROPERTIES, SCRIPT, ZIP, ZIP_PROPERTY, Submission, compose, pack_shoal
+from shoal.jobs.submit import DISCOVERY_SCRIPT, PROPERTIES, SCRIPT, ZIP, ZIP_PROPERTY, Submission, compose, pack_shoal
+
+GPU = "spark.executor.resource.gpu"
+IN_THE_IMAGE = "/opt/spark/examples/src/main/scripts/getGpusResources.sh"
 
 
 @pytest.fixture
@@ -52,6 +57,41 @@ def test_jars_of_the_target_come_beside_those_of_delta(run_file: Callable[..., P
     assert found["spark.files"] == "f.txt"
     assert [found["spark.jars"].split(",")[-1], found["spark.jars.packages"].split(",")[-1]] == ["/j/a.jar", "g:a:1"]
     assert "delta-spark" in found["spark.jars"] + found["spark.jars.packages"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("kind: standalone\nmaster: spark://h:1\ngpus: 2\n", {}),
+        (
+            "kind: yarn\ngpus: 2\nencoders_per_gpu: 3\n",
+            {"spark.shoal.encodersPerGpu": "3", f"{GPU}.discoveryScript": "./discover_gpus.sh"},
+        ),
+        (
+            "kind: kubernetes\nmaster: k8s://h\nimage: i\ngpus: 2\n",
+            {f"{GPU}.vendor": "nvidia.com", f"{GPU}.discoveryScript": IN_THE_IMAGE},
+        ),
+    ],
+)
+def test_executors_are_asked_for_gpus_and_tasks_are_not(
+    text: str, told: dict[str, str], run_file: Callable[..., Path], target: Callable
+) -> None:
+    found = composed(target(text), run_file()).properties
+    asked = {name: value for name, value in found.items() if "gpu" in name.lower()}
+    assert asked == {f"{GPU}.amount": "2", "spark.shoal.encodersPerGpu": "1"} | told
+    assert ("discover_gpus.sh" in found.get("spark.files", "")) is text.startswith("kind: yarn")
+
+
+def test_the_discovery_script_tells_the_devices_as_spark_reads_them(tmp_path: Path) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    smi.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.defpath}"}
+    told = subprocess.run([DISCOVERY_SCRIPT], env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert json.loads(told) == {"name": "gpu", "addresses": ["0", "1"]}
+    smi.unlink()
+    without = subprocess.run([DISCOVERY_SCRIPT], env={"PATH": os.defpath}, capture_output=True, timeout=60, check=False)
+    assert without.returncode != 0
 
 
 def test_a_packed_environment_is_what_the_workers_run(run_file: Callable[..., Path], target: Callable) -> None:

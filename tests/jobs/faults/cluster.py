@@ -1,4 +1,4 @@
-"""A standalone Spark cluster on this machine, from the wheel: a master, two workers of one core, and their children."""
+"""A standalone Spark cluster on this machine, from the wheel: a master, two workers, and their children."""
 
 import contextlib
 import ctypes
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pyspark
 
+from shoal.conf.loader import SHIPPED_TARGETS
+
 SPARK_HOME = Path(pyspark.__file__).parent
 NUM_WORKERS = 2
 PR_SET_PDEATHSIG = 1
@@ -25,16 +27,19 @@ SHORT_LIVED = "-XX:TieredStopAtLevel=1"
 class Cluster:
     """Daemons as processes of their own; `stop` or `kill` ends them, with all executors and Python workers."""
 
-    def __init__(self, folder: Path, *, memory: str = "1g") -> None:
+    def __init__(self, folder: Path, *, memory: str = "1g", cores: int = 1, num_gpus: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.port, self.web = _free_port(), _free_port()
         self.address = f"spark://127.0.0.1:{self.port}"
+        told = folder / "worker.conf"
+        told.write_text(_gpu_settings(folder, num_gpus) if num_gpus else "")
         self._log = (folder / "daemons.log").open("a")
         self._daemons = [self._start(folder, "Master", "--port", str(self.port), "--webui-port", str(self.web))]
         for index in range(NUM_WORKERS):
             ports = ["--port", str(_free_port()), "--webui-port", str(_free_port())]
-            size = ["--cores", "1", "--memory", memory, "--work-dir", str(folder / f"work{index}"), self.address]
+            size = ["--cores", str(cores), "--memory", memory, "--properties-file", str(told)]
+            size += ["--work-dir", str(folder / f"work{index}"), self.address]
             self._daemons.append(self._start(folder, "Worker", *ports, *size))
 
     def wait(self) -> None:
@@ -90,6 +95,7 @@ class Cluster:
             "SPARK_DAEMON_JAVA_OPTS": "-XX:+UseSerialGC",
             "JDK_JAVA_OPTIONS": SHORT_LIVED,
             "PYSPARK_PYTHON": sys.executable,
+            "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         }
         name = f"org.apache.spark.deploy.{role.lower()}.{role}"
         command = [str(SPARK_HOME / "bin" / "spark-class"), name, "--host", "127.0.0.1", *arguments]
@@ -125,6 +131,16 @@ def processes() -> tuple[dict[int, int], dict[int, str]]:
 def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def _gpu_settings(folder: Path, num_gpus: int) -> str:
+    """What a worker is told that is to find so many GPUs, by Shoal's script and an nvidia-smi that tells of them."""
+    smi = folder / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nseq 0 {num_gpus - 1}\n")
+    smi.chmod(0o755)
+    resource = "spark.worker.resource.gpu"
+    script = SHIPPED_TARGETS / "discover_gpus.sh"
+    return f"{resource}.amount {num_gpus}\n{resource}.discoveryScript {script}\n"
 
 
 def _free_port() -> int:
