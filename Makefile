@@ -5,8 +5,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install jars quickstart test test-long test-fast test-gpu lint check bench faults faults-short audit lock
-.PHONY: clean check-python check-java
+.PHONY: help install jars stores quickstart test test-long test-fast test-gpu lint check bench faults faults-short audit lock
+.PHONY: test-spark-4.0 test-spark-4.1 test-of-spark clean check-python check-java
 
 VENV ?= .venv
 # Each has a Spark session of its own: two are about 5 GB of memory, and keep two cores busy.
@@ -19,7 +19,12 @@ JAVA ?= $(if $(JAVA_HOME),$(JAVA_HOME)/bin/java,java)
 
 INSTALLED := $(VENV)/.installed
 JARS := $(VENV)/.jars
+STORES := $(VENV)/.stores
 EXTRAS := .[quickstart,openvino]
+# An older Spark with its Delta, for an environment of its own: make test-spark-4.0.
+SPARK ?=
+SPARKS := $(if $(SPARK),'pyspark==$(SPARK).*' 'delta-spark==$(SPARK).*')
+CONSTRAINTS := $(if $(SPARK),$(VENV)/constraints.txt,constraints.txt)
 
 # uv does not read pip's settings; these are the ones that decide where packages come from. Where pip.conf holds them
 # instead, uv may find nothing, and `install` goes on with pip.
@@ -34,7 +39,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
 help: ## print this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 install: $(JARS) ## make .venv with Shoal, its tools and Delta's jars; quick when nothing changed
 
@@ -44,14 +49,25 @@ jars: $(INSTALLED) check-java ## fetch Delta's jars and archive Java's classes; 
 	  "settings for a mirror, have to reach a Maven repository" >&2; exit 1; }
 	@touch $(JARS)
 
+stores: $(STORES) ## fetch the jars for s3a:// (700 MB) and PostgreSQL, which the first run that needs them does otherwise
+
 quickstart: install ## embed the standard library's docstrings, then search them; again: nothing to do
 	@$(VENV)/bin/shoal quickstart
 
-test: install ## all tests but the long ones: half an hour and more on two cores
+test: install $(STORES) ## all tests but the long ones: half an hour and more on two cores
 	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-long: install ## what `test` leaves out: long histories, kills at every step, benches; an hour
+test-long: install $(STORES) ## what `test` leaves out: long histories, kills at every step, benches; an hour
 	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m long
+
+test-spark-4.0: ## the main job on Spark 4.0 with its Delta, in an environment of its own
+	@$(MAKE) --no-print-directory VENV=.venv-spark-4.0 SPARK=4.0 test-of-spark
+
+test-spark-4.1: ## the same on Spark 4.1
+	@$(MAKE) --no-print-directory VENV=.venv-spark-4.1 SPARK=4.1 test-of-spark
+
+test-of-spark: install
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile $(OLDER_SPARK)
 
 test-fast: $(INSTALLED) ## the tests of conf/ and udfs/: no Java, no Spark
 	$(PY) -m pytest tests/conf tests/udfs -m "not spark and not slow and not gpu"
@@ -118,13 +134,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory check-python check-java
 	@$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv $(VENV)
 	@$(PY) -m pip install --quiet --upgrade 'pip>=25.1' 'uv>=0.8' || $(PY) -m pip install --quiet --upgrade 'pip>=25.1'
+	@[ -z "$(SPARK)" ] || grep -v -e '^pyspark==' -e '^delta-spark==' constraints.txt > $(CONSTRAINTS)
 	@{ [ -x $(VENV)/bin/uv ] \
-	  && $(VENV)/bin/uv pip install --python $(PY) --compile-bytecode --constraints constraints.txt \
-	  --editable '$(EXTRAS)' --group dev; } \
+	  && $(VENV)/bin/uv pip install --python $(PY) --compile-bytecode --constraints $(CONSTRAINTS) \
+	  --editable '$(EXTRAS)' --group dev $(SPARKS); } \
 	  || { echo "make: going on with pip" >&2; \
-	  $(PY) -m pip install --constraint constraints.txt --editable '$(EXTRAS)' --group dev; }
+	  $(PY) -m pip install --constraint $(CONSTRAINTS) --editable '$(EXTRAS)' --group dev $(SPARKS); }
 	@$(PY) -m compileall -q conf udfs jobs
 	@touch $@
 
 $(JARS): $(INSTALLED)
 	@$(MAKE) --no-print-directory jars
+
+$(STORES): $(JARS)
+	@$(PY) -m shoal.jobs.jars s3a:// jdbc:postgresql: 2>$(VENV)/jars.log || { tail -n 1 $(VENV)/jars.log >&2; exit 1; }
+	@touch $@

@@ -42,6 +42,7 @@ CODES: Final[abc.Mapping[str, str]] = types.MappingProxyType(
         "TABLE_UNREADABLE": "the table is there and its log cannot be read",
         "TABLE_FORMAT_NEWER": "a newer Shoal made the table",
         "DESTINATION_UNWRITABLE": "the destination cannot be written, or its schema is not there",
+        "STORE_UNREACHABLE": "Spark has no way to an address, or the store refused",
         "ENCODER_CHANGED": "the run file asks for another encoder than the table has",
         "ENCODER_COLLAPSED": "most texts got one and the same vector",
         "TERMS_CHANGED": "the table's terms were cut by another stemmer than the one here",

@@ -174,6 +174,9 @@ def _resolved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         _change(gate, "folder", lambda path: _absolute(path, folder))
     if isinstance(source, dict):
         _change(source, "path", lambda path: _absolute(path, folder))
+        database = source.get("database")
+        if isinstance(database, dict):
+            _change(database, "password_file", lambda path: _absolute(path, folder))
     if isinstance(destination, dict):
         _change(destination, "path", lambda path: _absolute(path, folder))
         _change(destination, "sidecar", lambda path: _absolute(path, folder))

@@ -58,9 +58,9 @@ class EncoderConfig(Section):
     """What turns text into vectors; everything here but the backend is part of the fingerprint once resolved."""
 
     model: ModelReference = Field(
-        description="The checkpoint: a folder (starting with ./, ../, ~ or /), `package:NAME` for one that an "
-        "installed package carries, a Hub id, `models:/NAME@ALIAS` of the MLflow registry, or `hash:DIM` for vectors "
-        "without meaning, to try a pipeline."
+        description="The checkpoint: a folder (starting with ./, ../, ~ or /), the address of one on a store "
+        "(`s3a://BUCKET/FOLDER`), `package:NAME` for one that an installed package carries, a Hub id, "
+        "`models:/NAME@ALIAS` of the MLflow registry, or `hash:DIM` for vectors without meaning, to try a pipeline."
     )
     revision: Text | None = Field(
         default=None, description="Branch, tag or commit of a Hub model; resolved once to a commit."
@@ -116,7 +116,7 @@ class EncoderConfig(Section):
 
     @property
     def form(self) -> ModelForm:
-        """Where the model reference points: folder, package, hash, registry or hub."""
+        """Where the model reference points: folder, store, package, hash, registry or hub."""
         return model_form(self.model)
 
     @property
@@ -435,6 +435,14 @@ class RunConfig(Section):
             if hook is not None and hook.webhook is not None:
                 text = text.replace(hook.webhook, masked_address(hook.webhook))
         return scrub(text, pairs=True)
+
+    @property
+    def places(self) -> list[str]:
+        """The addresses of what is read and written: of source, destination and models."""
+        encoders = [encoder for encoder in (self.encoder, self.next_encoder) if encoder is not None]
+        database = [self.source.database.url] if self.source.database else []
+        named = [self.destination.path, self.destination.sidecar, *(encoder.model for encoder in encoders)]
+        return [*self.source.paths, *database, *filter(None, named)]
 
     @property
     def folder(self) -> Path:

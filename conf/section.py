@@ -159,6 +159,9 @@ RunName = Annotated[
         checked(r"[A-Za-z0-9][\w.-]{0,99}", "use at most 100 letters, digits, dots, hyphens and underscores")
     ),
 ]
+VariableName = Annotated[
+    str, BeforeValidator(checked(r"[A-Za-z_]\w*", "write the name of an environment variable, without $"))
+]
 Memory = Annotated[str, BeforeValidator(checked(r"[1-9]\d*[kKmMgGtT]", "write a size such as 4g or 512m"))]
 ModelReference = Annotated[str, BeforeValidator(_model_reference)]
 Timestamp = Annotated[str, BeforeValidator(_timestamp)]

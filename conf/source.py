@@ -5,6 +5,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from shoal.conf.database import DatabaseConfig
+from shoal.conf.redact import is_secret_name
 from shoal.conf.section import (
     FreeEntries,
     Names,
@@ -25,19 +27,25 @@ from shoal.conf.values import MetadataColumn, parse_column
 class SourceConfig(Section):
     """Where the rows come from, what identifies one, and what its text is."""
 
-    format: Literal["delta", "parquet", "json", "csv", "text", "table", "query"] = Field(
+    format: Literal["delta", "parquet", "json", "csv", "text", "table", "query", "jdbc"] = Field(
         description="What the source is: a Delta table by path, files (json is one object per line, text is one row "
-        "per file, subfolders included; an empty file gives none), a catalog table or view, or an SQL query."
+        "per file, subfolders included; an empty file gives none), a catalog table or view, an SQL query, or a table "
+        "or query of a database."
     )
     path: Paths | None = Field(
         default=None,
-        description="File, folder, glob or URI to read, or a list of them (Delta: one). For every format but table "
-        "and query.",
+        description="File, folder, glob or URI to read, or a list of them (Delta: one). For every format but table, "
+        "query and jdbc.",
     )
-    table: Text | None = Field(default=None, description="Name of the catalog table or view; format table only.")
+    table: Text | None = Field(
+        default=None, description="Name of the catalog table or view, or of the database's table; format table or jdbc."
+    )
     query: Text | None = Field(
-        default=None, description="SQL query whose result is the source; format query only. A place to rename and join."
+        default=None,
+        description="SQL query whose result is the source, in the database's own SQL for format jdbc; format query or "
+        "jdbc. A place to rename and join.",
     )
+    database: DatabaseConfig | None = Field(default=None, description="The database; format jdbc only.")
     version: NaturalInt | None = Field(
         default=None, description="Delta version to read; without it the newest. Format delta or table."
     )
@@ -92,15 +100,19 @@ class SourceConfig(Section):
         return self
 
     def _place_problems(self) -> Iterator[SettingProblem]:
-        wanted = self.format if self.format in ("table", "query") else "path"
+        wanted = {"table": ("table",), "query": ("query",), "jdbc": ("table", "query")}.get(self.format, ("path",))
         for name in ("path", "table", "query"):
             given = getattr(self, name) is not None
-            if given and name != wanted:
+            if given and name not in wanted:
                 yield SettingProblem(
-                    (("format",), (name,)), f"a source of this format takes source.{wanted}; remove source.{name}"
+                    (("format",), (name,)), f"a source of this format takes source.{wanted[0]}; remove source.{name}"
                 )
-            if not given and name == wanted:
+            if not given and wanted == (name,):
                 yield SettingProblem((("format",), (name,)), f"say what to read in source.{name}")
+        if self.format == "jdbc" and (self.table is None) == (self.query is None):
+            yield SettingProblem((("table",), ("query",)), "say what to read in exactly one of the two")
+        if (self.format == "jdbc") != (self.database is not None):
+            yield SettingProblem((("format",), ("database",)), "format jdbc and a database go together")
         if self.format == "delta" and isinstance(self.path, list):
             yield SettingProblem((("path",),), "a Delta source is one folder; read several with format query and UNION")
         pins = [name for name in ("version", "timestamp") if getattr(self, name) is not None]
@@ -113,6 +125,10 @@ class SourceConfig(Section):
             yield SettingProblem((("format",), ("schema",)), "it has no effect on this format; remove it")
         if self.options and self.format in ("table", "query"):
             yield SettingProblem((("format",), ("options",)), "they have no effect on this format; remove them")
+        for option in self.options if self.format == "jdbc" else ():
+            if is_secret_name(option) or option.lower() in ("url", "user", "dbtable", "query"):
+                advice = "use source.database, which keeps passwords out of the run file"
+                yield SettingProblem((("options", option),), advice)
         for option in self.options:
             if option.lower() in ("versionasof", "timestampasof"):
                 name = "version" if option.lower() == "versionasof" else "timestamp"

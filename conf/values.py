@@ -32,7 +32,7 @@ SHOAL_COLUMNS = (
 UNFIT_NAME = re.compile(r"[\s,;{}()=]")
 """Characters that Delta refuses in a column's name, unless the table maps its columns."""
 
-ModelForm = Literal["folder", "package", "hash", "registry", "hub"]
+ModelForm = Literal["folder", "store", "package", "hash", "registry", "hub"]
 
 _FOLDER = re.compile(r"\.{0,2}/|~|\.{1,2}$")
 _LIMIT_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
@@ -40,10 +40,18 @@ _COUNT = re.compile(r"\d{1,18}")
 _DURATION = re.compile(r"(\d{1,9})\s*([smhd])")
 _UNIT_SECONDS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _RENAMED = re.compile(r"(`[^`]+`|\S(?:.*?\S)?)\s+[aA][sS]\s+(`[^`]+`|\S+)")
+_STORE = re.compile(r"(?!https?:)[a-z][a-z0-9+-]*://[^\s/:]+(:\d+)?/\S+")
 _PACKAGE = re.compile(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _HASH = re.compile(r"hash:([1-9]\d{0,4})")
 _REGISTRY = re.compile(r"models:/[^/@]+(/[^/@]+|@[^/@]+)|models:/m-[0-9a-f]+")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FORMS: dict[ModelForm, re.Pattern[str]] = {
+    "store": _STORE,
+    "package": _PACKAGE,
+    "hash": _HASH,
+    "registry": _REGISTRY,
+    "hub": _HUB,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +153,11 @@ def model_form(reference: str) -> ModelForm:
     """Where a model reference points, by its spelling alone; raises ValueError when it fits none of the forms."""
     if _FOLDER.match(reference):
         return "folder"
-    for pattern, form in ((_PACKAGE, "package"), (_HASH, "hash"), (_REGISTRY, "registry"), (_HUB, "hub")):
+    for form, pattern in _FORMS.items():
         if pattern.fullmatch(reference):
-            return form  # type: ignore[return-value]
+            return form
     raise ValueError(
-        "write a folder (starting with ./, ../, ~ or /), 'package:NAME', a Hub id such as 'BAAI/bge-small-en-v1.5', "
-        "'models:/NAME@ALIAS', 'models:/NAME/VERSION', or 'hash:DIM' for vectors without meaning"
+        "write a folder (starting with ./, ../, ~ or /), its address on a store ('s3a://BUCKET/FOLDER'), "
+        "'package:NAME', a Hub id such as 'BAAI/bge-small-en-v1.5', 'models:/NAME@ALIAS', 'models:/NAME/VERSION', or "
+        "'hash:DIM' for vectors without meaning"
     )

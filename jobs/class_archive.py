@@ -11,7 +11,8 @@ from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
 from shoal.conf.run import SparkConfig
-from shoal.jobs.session import CLASS_ARCHIVE, delta_jars, open_spark
+from shoal.jobs.jars import delta_jars
+from shoal.jobs.session import CLASS_ARCHIVE, open_spark
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -288,7 +288,7 @@ def _embed(args: argparse.Namespace) -> int:
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit is {args.limit}; try at least 1 row")
     try:
-        with _spark(config.spark, f"shoal embed {config.name}") as spark:
+        with _spark(config.spark, f"shoal embed {config.name}", config.places) as spark:
             from shoal.jobs.embed import Hooks, embed
 
             report = embed(
@@ -319,7 +319,7 @@ def _tell(config: RunConfig, setting: Literal["on_success", "on_failure"], docum
 
 def _plan(args: argparse.Namespace) -> int:
     config = load_run(args.file, args.set)
-    with _spark(config.spark, f"shoal plan {config.name}") as spark:
+    with _spark(config.spark, f"shoal plan {config.name}", config.places) as spark:
         from shoal.jobs import plan as verb
 
         found = verb.plan(spark, config, full_refresh=args.full_refresh)
@@ -329,7 +329,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _cutover(args: argparse.Namespace) -> int:
     config = load_run(args.file, args.set)
-    with _spark(config.spark, f"shoal cutover {config.name}") as spark:
+    with _spark(config.spark, f"shoal cutover {config.name}", config.places) as spark:
         from shoal.jobs import cutover as verb
         from shoal.jobs.hooks import Hooks
 
@@ -359,7 +359,7 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.target is not None:
         return _submission(args, "doctor").run(_say)
     config = load_run(args.file, args.set)
-    with _spark(config.spark, f"shoal doctor {config.name}") as spark:
+    with _spark(config.spark, f"shoal doctor {config.name}", config.places) as spark:
         from shoal.jobs import doctor as verb
 
         found = verb.doctor(spark, config)
@@ -378,7 +378,7 @@ def _schedule(args: argparse.Namespace) -> int:
 
 
 def _search(args: argparse.Namespace) -> int:
-    with _spark(SparkConfig(), "shoal search") as spark:
+    with _spark(SparkConfig(), "shoal search", [args.table]) as spark:
         from shoal.jobs.search import search
 
         hits = search(spark, args.table, [args.text], args.k, where=args.where)[0]
@@ -402,13 +402,13 @@ def _serve(args: argparse.Namespace) -> int:
         else:
             _print(args, told, verb.lines(told))
 
-    with held_catalog(catalog), _spark(session_settings(catalog), "shoal serve") as spark:
+    with held_catalog(catalog), _spark(session_settings(catalog), "shoal serve", tables.values()) as spark:
         verb.serve(spark, tables, endpoint, catalog, reranker=args.reranker, ready=ready, say=_say)
     return 0
 
 
 def _join(args: argparse.Namespace) -> int:
-    with _spark(SparkConfig(), "shoal join") as spark:
+    with _spark(SparkConfig(), "shoal join", [args.left, args.right, args.out]) as spark:
         from shoal.jobs import join as verb
 
         done = verb.join(spark, args.left, args.right, args.out, k=args.k, threshold=args.threshold, say=_say)
@@ -417,7 +417,7 @@ def _join(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    with _spark(SparkConfig(), "shoal export") as spark:
+    with _spark(SparkConfig(), "shoal export", [args.table, args.out]) as spark:
         from shoal.jobs import export as verb
 
         done = verb.export(spark, args.table, args.to, args.out)
@@ -429,7 +429,7 @@ def _sql_install(args: argparse.Namespace) -> int:
     from shoal.jobs.thrift import default_catalog, held_catalog, session_settings
 
     catalog = (args.catalog or default_catalog()).absolute()
-    with held_catalog(catalog), _spark(session_settings(catalog), "shoal sql install") as spark:
+    with held_catalog(catalog), _spark(session_settings(catalog), "shoal sql install", args.tables) as spark:
         from shoal.jobs import sql_install as verb
 
         done = verb.sql_install(spark, args.tables, args.schema, dry_run=args.dry_run)
@@ -438,7 +438,7 @@ def _sql_install(args: argparse.Namespace) -> int:
 
 
 def _sql_dbt(args: argparse.Namespace) -> int:
-    with _spark(SparkConfig(), "shoal sql dbt") as spark:
+    with _spark(SparkConfig(), "shoal sql dbt", args.tables) as spark:
         from shoal.jobs.dbt_sources import dbt_sources
 
         told = dbt_sources(spark, args.tables)
@@ -466,7 +466,7 @@ def hit_lines(hits: list[dict[str, Any]]) -> list[str]:
 
 
 def _history(args: argparse.Namespace) -> int:
-    with _spark(SparkConfig(), "shoal history") as spark:
+    with _spark(SparkConfig(), "shoal history", [args.table]) as spark:
         from shoal.jobs import history as verb
 
         entries = verb.history(spark, args.table)
@@ -479,7 +479,7 @@ def _status(args: argparse.Namespace) -> int:
         max_lag = parse_duration(args.max_lag) if args.max_lag is not None else None
     except ValueError as error:
         raise ConfigError(f"--max-lag '{args.max_lag}': {error}") from error
-    with _spark(SparkConfig(), "shoal status") as spark:
+    with _spark(SparkConfig(), "shoal status", args.tables) as spark:
         from shoal.jobs import status as verb
 
         found = verb.status(spark, args.tables, max_lag=max_lag, pending=args.pending)
@@ -488,7 +488,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _errors(args: argparse.Namespace) -> int:
-    with _spark(SparkConfig(), "shoal errors") as spark:
+    with _spark(SparkConfig(), "shoal errors", [args.table]) as spark:
         from shoal.jobs import errors as verb
 
         found = verb.errors(spark, args.table)
@@ -497,7 +497,7 @@ def _errors(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    with _spark(SparkConfig(), "shoal audit") as spark:
+    with _spark(SparkConfig(), "shoal audit", [args.table]) as spark:
         from shoal.jobs import audit as verb
 
         done = verb.audit(spark, args.table, sample=args.sample)
@@ -506,7 +506,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _purge(args: argparse.Namespace) -> int:
-    with _spark(SparkConfig(), "shoal purge") as spark:
+    with _spark(SparkConfig(), "shoal purge", [args.table]) as spark:
         from shoal.jobs import purge as verb
 
         done = verb.purge(spark, args.table, args.keys, say=_say)
@@ -518,7 +518,7 @@ def _restore(args: argparse.Namespace) -> int:
     from shoal.jobs import restore as verb
 
     wanted = verb.Wanted(args.to, args.run, verb.parse_time(args.before) if args.before is not None else None)
-    with _spark(SparkConfig(), "shoal restore") as spark:
+    with _spark(SparkConfig(), "shoal restore", [args.table]) as spark:
         record = verb.restore(spark, args.table, wanted, say=_say)
         _print(args, record, verb.lines(record))
     return 0
@@ -527,7 +527,7 @@ def _restore(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     if args.plot is not None and not args.report:
         raise ConfigError("--plot draws what --report measures; give both")
-    with _spark(SparkConfig(), "shoal index") as spark:
+    with _spark(SparkConfig(), "shoal index", [args.table]) as spark:
         if args.report:
             from shoal.jobs import index_report as report
 
@@ -542,7 +542,7 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _optimize(args: argparse.Namespace) -> int:
-    with _spark(SparkConfig(), "shoal optimize") as spark:
+    with _spark(SparkConfig(), "shoal optimize", [args.table]) as spark:
         from shoal.jobs import optimize as verb
 
         found = verb.optimize(spark, args.table, dry_run=args.dry_run, say=_say)
@@ -551,7 +551,7 @@ def _optimize(args: argparse.Namespace) -> int:
 
 
 def _vacuum(args: argparse.Namespace) -> int:
-    with _spark(SparkConfig(), "shoal vacuum") as spark:
+    with _spark(SparkConfig(), "shoal vacuum", [args.table]) as spark:
         from shoal.jobs import vacuum as verb
 
         found = verb.vacuum(spark, args.table, dry_run=args.dry_run, say=_say)
@@ -634,8 +634,8 @@ def _bench_search(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _spark(settings: SparkConfig, app_name: str) -> Iterator["SparkSession"]:
-    """A session for the length of a verb; one that was there before is left running."""
+def _spark(settings: SparkConfig, app_name: str, places: Iterable[str] = ()) -> Iterator["SparkSession"]:
+    """A session that reaches the places, for the length of a verb; one that was there before is left running."""
     logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
     from py4j.protocol import Py4JNetworkError
     from pyspark.sql import SparkSession
@@ -645,7 +645,7 @@ def _spark(settings: SparkConfig, app_name: str) -> Iterator["SparkSession"]:
     running = SparkSession.getActiveSession()
     if running is None:
         _say(f"Spark's own output: {default_log_file()}")
-    spark = open_spark(settings, app_name=app_name)
+    spark = open_spark(settings, app_name=app_name, places=places)
     try:
         yield spark
     finally:

@@ -16,7 +16,7 @@ from shoal.jobs.operation import Operation, operating
 from shoal.jobs.prepare import Encoders, describe_encoders, resolve_encoder
 from shoal.jobs.published import Published
 from shoal.jobs.report import Report
-from shoal.jobs.source import SourceRows, read_source
+from shoal.jobs.source import SourceRows, as_one_state, read_source
 from shoal.jobs.staging import create_staging
 
 
@@ -61,7 +61,7 @@ def _cut_over(
     create_staging(spark, ref)
     work = EncoderWork(spark, config, ref, coming, KeptBelow(spark, folder))
     migration = Migration(work, operation.books, operation.lease, hooks, report, _warn(report, hooks))
-    source = _as_seen(spark, config, published, report)
+    source = as_one_state(spark, config, _as_seen(spark, config, published, report), join(folder, "source"))
     plan = plan_next(work, source, published, None)
     hooks.step("next planned")
     _require_all(plan, coming.spec.reference)

@@ -52,7 +52,7 @@ from shoal.jobs.publish import (
 from shoal.jobs.published import Published, State, is_head, read_published
 from shoal.jobs.reconcile import count_encoded
 from shoal.jobs.report import Report
-from shoal.jobs.source import SourceRows, read_source
+from shoal.jobs.source import SourceRows, as_one_state, read_source
 from shoal.jobs.staging import create_staging, mend_staging, trim_staging
 
 
@@ -153,6 +153,9 @@ class _Run:
             drop_work(self.files, self.ref)
             self.hooks.step("recovered")
         try:
+            with self.report.phase("plan"):
+                kept = join(self.ref.work, self.report.run_id, "source")
+                source = as_one_state(self.spark, self.config, source, kept, limit=self.limit)
             self._plan_and_publish(source, published)
         except (PySparkException, Py4JJavaError) as error:
             failure = self._mended(error) or worker_error(error)

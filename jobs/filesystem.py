@@ -7,10 +7,13 @@ from typing import Any
 from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import DestinationError, RunError
+from shoal.conf.errors import ConfigError, DestinationError, RunError, first_line
 
 FileStamp = tuple[int, int]
 """Time of modification in ms, length in bytes."""
+
+CONDITIONAL = "fs.option.create.conditional.overwrite"
+"""Hadoop's option of a new file, and the capability of its stores: the file is refused if one is there by its end."""
 
 
 def local_path(path: str) -> Path | None:
@@ -49,7 +52,10 @@ class FileSystem:
 
     def __init__(self, spark: SparkSession, root: str) -> None:
         self._jvm: Any = spark._jvm
-        self._fs = self._path(root).getFileSystem(spark._jsc.hadoopConfiguration())
+        try:
+            self._fs = self._path(root).getFileSystem(spark._jsc.hadoopConfiguration())
+        except Py4JJavaError as error:
+            raise _unreachable(root, error) from error
         self._is_local = self._fs.getScheme() == "file"
 
     def exists(self, path: str) -> bool:
@@ -84,6 +90,25 @@ class FileSystem:
         found = self._fs.getContentSummary(self._path(path))
         return int(found.getFileCount()), int(found.getLength())
 
+    def stamps(self, folder: str) -> dict[str, FileStamp]:
+        """The files at any depth below a folder, by their path from there on; none when the folder is absent."""
+        if not self.exists(folder):
+            return {}
+        above = len(self._fs.makeQualified(self._path(folder)).toString().rstrip("/")) + 1
+        found: dict[str, FileStamp] = {}
+        left = self._fs.listFiles(self._path(folder), True)
+        while left.hasNext():
+            status = left.next()
+            name = status.getPath().toString()[above:]
+            found[name] = int(status.getModificationTime()), int(status.getLen())
+        return found
+
+    def download(self, path: str, file: Path) -> None:
+        """A copy of one file on this machine's disk."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Without a checksum file of Hadoop's own beside it.
+        self._fs.copyToLocalFile(False, self._path(path), self._path(file.as_uri()), True)
+
     def delete(self, path: str) -> None:
         """Removes a file or a whole folder; an absent one is no error."""
         self._fs.delete(self._path(path), True)
@@ -108,7 +133,11 @@ class FileSystem:
             stream.close()
 
     def create(self, path: str, text: str) -> bool:
-        """Writes a new file; False when it exists already. Atomic on local disks and HDFS."""
+        """Writes a new file; False when it exists already.
+
+        Of two who try, one succeeds: on local disks, HDFS, and stores that take conditional writes, as S3 does by a
+        Hadoop of 3.4.2 or newer. Elsewhere both may.
+        """
         local = self._local(path)
         if local is None:
             return self._write(path, text, overwrite=False)
@@ -155,20 +184,25 @@ class FileSystem:
             self.create(probe, "")
             self.delete(probe)
         except (OSError, Py4JJavaError) as error:
-            reason = str(error.java_exception.getMessage()) if isinstance(error, Py4JJavaError) else str(error)
+            reason = java_reason(error) if isinstance(error, Py4JJavaError) else str(error)
             raise DestinationError(
                 f"destination: '{folder}' cannot be written ({reason}); check its owner, its mode and the free space"
             ) from error
 
     def _write(self, path: str, text: str, *, overwrite: bool) -> bool:
+        is_conditional = not overwrite and self._fs.hasPathCapability(self._path(path), CONDITIONAL)
+        builder = self._fs.createFile(self._path(path)).recursive().overwrite(overwrite or is_conditional)
+        if is_conditional:
+            builder.must(CONDITIONAL, "true")
         try:
-            stream = self._fs.create(self._path(path), overwrite)
+            stream = builder.build()
+            stream.write(bytearray(text, "utf-8"))
+            stream.close()
         except Py4JJavaError as error:
-            if _is_java(error, "FileAlreadyExists"):
+            # A file that was there is told at the beginning; one that another has made meanwhile, at the end.
+            if not overwrite and any(_is_java(error, name) for name in ("FileAlreadyExists", "RemoteFileChanged")):
                 return False
             raise
-        stream.write(bytearray(text, "utf-8"))
-        stream.close()
         return True
 
     def _local(self, path: str) -> Path | None:
@@ -177,6 +211,21 @@ class FileSystem:
 
     def _path(self, path: str) -> Any:
         return self._jvm.org.apache.hadoop.fs.Path(path)
+
+
+def _unreachable(root: str, error: Py4JJavaError) -> ConfigError:
+    """The error to raise where Hadoop has no way to an address."""
+    scheme = root.partition(":")[0]
+    return ConfigError(
+        f"'{root}' cannot be reached ({java_reason(error)}); Spark needs Hadoop's connector for {scheme}:// on its "
+        "class path, of the version of its own Hadoop (STORAGE.md has the names)",
+        code="STORE_UNREACHABLE",
+    )
+
+
+def java_reason(error: Py4JJavaError) -> str:
+    """What an error of the JVM's says in its first line, without the stack trace."""
+    return first_line(Exception(error.java_exception.getMessage() or error.java_exception.toString()))
 
 
 def _is_java(error: Py4JJavaError, name: str) -> bool:

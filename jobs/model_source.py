@@ -7,12 +7,17 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+
+from py4j.protocol import Py4JJavaError
 
 from shoal.conf.errors import ModelError, RunError
 from shoal.conf.fingerprint import digest
 from shoal.conf.redact import scrub
 from shoal.conf.run import EncoderConfig
+from shoal.jobs.filesystem import FileSystem, java_reason, join
+from shoal.jobs.session import running_session
 from shoal.udfs.checkpoint import describe_checkpoint
 from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.hash_encoder import describe_hash
@@ -48,12 +53,14 @@ def resolve_spec(config: EncoderConfig, cache_folder: Path, *, tracking_uri: str
 def resolve_model(config: EncoderConfig, cache_folder: Path, *, tracking_uri: str | None = None) -> ResolvedModel:
     """Find or fetch the checkpoint.
 
-    cache_folder takes what the MLflow registry sends; Hub models go to the Hub's own cache (HF_HOME). tracking_uri is
-    the MLflow server, None for MLflow's current one. Raises ModelError where the reference leads nowhere, RunError
-    where the Hub did not answer and a later try may succeed.
+    cache_folder takes what the MLflow registry and stores send; Hub models go to the Hub's own cache (HF_HOME).
+    tracking_uri is the MLflow server, None for MLflow's current one. Raises ModelError where the reference leads
+    nowhere, RunError where the Hub did not answer and a later try may succeed.
     """
     if config.form == "registry":
         return _from_registry(config, cache_folder, tracking_uri)
+    if config.form == "store":
+        return _from_store(config, cache_folder)
     return _RESOLVERS[config.form](config)
 
 
@@ -73,6 +80,41 @@ def _from_folder(config: EncoderConfig) -> ResolvedModel:
             code="MODEL_NOT_FOUND",
         )
     return ResolvedModel(str(folder), config.model, None)
+
+
+def _from_store(config: EncoderConfig, cache_folder: Path) -> ResolvedModel:
+    """A copy of a folder that only Spark reaches; another one as soon as one of its files has changed."""
+    try:
+        files = FileSystem(running_session(), config.model)
+        found = files.stamps(config.model)
+    except Py4JJavaError as error:
+        raise ModelError(
+            f"encoder.model is {config.model!r}, and that could not be listed ({java_reason(error)}); check the "
+            "address, and whether Spark's credentials for the store reach it.",
+            code="MODEL_NOT_FOUND",
+        ) from error
+    wanted = {name: stamp for name, stamp in found.items() if is_wanted(name, remote_code=config.trust_remote_code)}
+    if not any(name.endswith(".safetensors") for name in wanted):
+        raise ModelError(
+            f"encoder.model is {config.model!r}, where {len(found)} files are, none of them with safetensors weights; "
+            "write the address of the folder that holds modules.json or config.json.",
+            code="MODEL_NOT_FOUND",
+        )
+    folder = cache_folder / "store" / digest([config.model, sorted(wanted.items())])[:32]
+    if not folder.is_dir():
+
+        def download(into: str) -> None:
+            for name in wanted:
+                files.download(join(config.model, name), Path(into, name))
+
+        _fetch(download, folder)
+    return ResolvedModel(str(folder), config.model, None)
+
+
+def is_wanted(name: str, *, remote_code: bool) -> bool:
+    """Whether a file of a checkpoint, by its path in there, is one that an encoder reads."""
+    patterns = (*HUB_FILES, *(CODE_FILES if remote_code else ()))
+    return any(fnmatch(name, each) for each in patterns) and not any(fnmatch(name, each) for each in HUB_LEFT_OUT)
 
 
 def _from_package(config: EncoderConfig) -> ResolvedModel:

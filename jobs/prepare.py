@@ -168,6 +168,13 @@ UNFIT = {
     "Cannot run program": "a worker found no Python where it was told to look",
     "ModuleNotFoundError: ": "the Python of a worker lacks a package",
 }
+REFUSED_BY_STORE = (
+    "UnknownStoreException: ",
+    "NoSuchBucketException: ",
+    "AccessDeniedException: ",
+    "NoAwsCredentialsException: ",
+    "CredentialInitializationException: ",
+)
 UNFIT_ADVICE = (
     "`python` or `environment` of the target (without one: spark.pyspark.python) say what the workers run; it needs "
     "the driver's minor version and Shoal's packages; `shoal doctor` visits them all"
@@ -184,6 +191,10 @@ def worker_error(error: PySparkException | Py4JJavaError) -> ShoalError:
             return kind(message, code=_noted_code(lines[index + 1 :]))
     if full := full_disk(error):
         return full
+    for line in lines:
+        if any(sign in line for sign in REFUSED_BY_STORE):
+            advice = "check the addresses of the run file, and the credentials that Spark has for the store"
+            return ConfigError(f"a store refused: {line}; {advice} (STORAGE.md)", code="STORE_UNREACHABLE")
     for sign, what in UNFIT.items():
         for line in lines:
             if sign in line:

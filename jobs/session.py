@@ -1,34 +1,23 @@
 """The one place that opens Spark: Delta on the class path, Spark's own output in a log file."""
 
-import importlib.metadata
 import os
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyspark
 from pyspark import SparkConf, SparkContext
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ConfigError, RunError, first_line
 from shoal.conf.run import SparkConfig
+from shoal.jobs.jars import JARS_OF_SPARK, Artifact, connectors, delta
 
 DELTA_EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 DELTA_CATALOG = "org.apache.spark.sql.delta.catalog.DeltaCatalog"
-
-# Delta's artifact drags in thirty jars that Spark carries already, some of them older; only io.delta ones are wanted.
-JARS_OF_SPARK = (
-    "org.*:*,com.*:*,commons-*:*,javax*:*,jakarta*:*,io.netty:*,io.dropwizard*:*,io.airlift:*,io.unitycatalog:*,net.*:*"
-)
-
-# Where Spark's Ivy puts what it has fetched, unless spark.jars.ivy says otherwise.
-IVY_JARS = ".ivy2.5.2/jars"
-NUM_DELTA_JARS = 5
 
 CLASS_ARCHIVE = Path(sys.prefix) / "shoal-classes.jsa"
 """The Java classes of Spark and Delta as the JVM wants them in memory, if `class_archive.py` has put them there."""
@@ -59,9 +48,12 @@ _LOCAL_DEFAULTS = {
 }
 
 
-def open_spark(settings: SparkConfig, *, app_name: str, log_file: Path | None = None) -> SparkSession:
+def open_spark(
+    settings: SparkConfig, *, app_name: str, log_file: Path | None = None, places: Iterable[str] = ()
+) -> SparkSession:
     """The running session if there is one, else a new one; what spark-submit set wins over our defaults.
 
+    places: what will be read and written, for the connectors of object stores, which come from Maven where need be.
     Spark's and the Python workers' output goes to `log_file` (default: `default_log_file()`). Raises RunError when the
     JVM does not start, ConfigError when a running session lacks Delta.
     """
@@ -74,8 +66,8 @@ def open_spark(settings: SparkConfig, *, app_name: str, log_file: Path | None = 
     try:
         if SUBMITTED in os.environ:
             # What the submission says, SparkConf learns from a JVM that has been started with it.
-            _start_jvm(None, log_file, fetched_jars())
-        conf, class_path = _configured(settings, app_name)
+            _start_jvm(None, log_file, delta().fetched())
+        conf, class_path = _configured(settings, app_name, connectors(places))
         master = conf.get("spark.master")
         _start_jvm(conf, log_file, class_path)
         spark = SparkSession.builder.config(conf=conf).getOrCreate()
@@ -89,7 +81,14 @@ def open_spark(settings: SparkConfig, *, app_name: str, log_file: Path | None = 
     return spark
 
 
-def _configured(settings: SparkConfig, app_name: str) -> tuple[SparkConf, list[Path]]:
+def running_session() -> SparkSession:
+    """The session that this process has opened, from whatever thread; RunError where there is none."""
+    if SparkContext._active_spark_context is None:
+        raise RunError("no Spark session is open in this process; open one first", code="SPARK_UNAVAILABLE")
+    return SparkSession.getActiveSession() or SparkSession.builder.getOrCreate()
+
+
+def _configured(settings: SparkConfig, app_name: str, wanted: Iterable[Artifact] = ()) -> tuple[SparkConf, list[Path]]:
     """What Spark is to be told, and the jars for the class path of a JVM that is yet to start."""
     conf = SparkConf()
     conf.setAppName(app_name)
@@ -106,11 +105,16 @@ def _configured(settings: SparkConfig, app_name: str) -> tuple[SparkConf, list[P
         defaults |= _LOCAL_DEFAULTS
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     class_path: list[Path] = []
-    if not _has_delta(conf):
-        # Asking Ivy takes seconds at every start; the executors of a cluster need what it has found.
-        class_path = fetched_jars() if is_local(master) else []
-        if not class_path:
-            defaults |= {"spark.jars.packages": delta_package(), "spark.jars.excludes": JARS_OF_SPARK}
+    packages: list[str] = []
+    for artifact in (delta(), *wanted):
+        if not _has(conf, artifact.word):
+            # Asking Ivy takes seconds at every start; the executors of a cluster need what it has found.
+            fetched = artifact.fetched() if is_local(master) else []
+            class_path += fetched
+            packages += [] if fetched else [artifact.coordinates]
+    if packages:
+        _add(conf, "spark.jars.packages", packages)
+        _add(conf, "spark.jars.excludes", [JARS_OF_SPARK])
     for key, value in defaults.items():
         conf.setIfMissing(key, value)
     return conf, class_path
@@ -129,45 +133,6 @@ def _start_jvm(conf: SparkConf | None, log_file: Path, class_path: list[Path]) -
 def default_log_file() -> Path:
     """Where Spark's chatter goes: a file of this process in the user's temporary folder."""
     return Path(tempfile.gettempdir()) / f"shoal-{os.getuid()}" / f"spark-{os.getpid()}.log"
-
-
-def delta_package() -> str:
-    """Maven coordinates of the Delta build for the installed pyspark and delta-spark."""
-    delta = importlib.metadata.version("delta-spark")
-    spark_minor = ".".join(pyspark.__version__.split(".")[:2])
-    per_spark_builds = tuple(int(part) for part in delta.split(".")[:2]) >= (4, 1)
-    suffix = f"_{spark_minor}_2.13" if per_spark_builds else "_2.13"
-    return f"io.delta:delta-spark{suffix}:{delta}"
-
-
-def delta_jars() -> list[Path]:
-    """Delta's jars on this machine, fetched as for any session if need be; RunError where they cannot be."""
-    jars = fetched_jars()
-    if jars:
-        return jars
-    # Another folder of Ivy's, or none yet: a session of its own process says where they have come to.
-    code = (
-        "from shoal.conf.run import SparkConfig; from shoal.jobs.session import open_spark; "
-        "spark = open_spark(SparkConfig(master='local[1]'), app_name='shoal jars'); "
-        "print(spark.sparkContext.getConf().get('spark.jars'))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    found = (done.stdout.strip().splitlines() or [""])[-1] if done.returncode == 0 else ""
-    jars = [Path(jar.removeprefix("file://")) for jar in found.split(",") if "io.delta_" in jar]
-    if not jars:
-        raise RunError(
-            f"Delta's jars were not found ({(done.stderr.strip().splitlines() or ['no answer'])[-1]}); `make jars` "
-            "fetches them",
-            code="SPARK_UNAVAILABLE",
-        )
-    return jars
-
-
-def fetched_jars() -> list[Path]:
-    """Delta's jars where Ivy has put them; none where one is missing."""
-    version = importlib.metadata.version("delta-spark")
-    jars = sorted((Path.home() / IVY_JARS).glob(f"io.delta_*-{version}.jar"))
-    return jars if len(jars) == NUM_DELTA_JARS else []
 
 
 @contextmanager
@@ -222,9 +187,14 @@ def slots(spark: SparkSession) -> int:
     return max(1, spark.sparkContext.defaultParallelism)
 
 
-def _has_delta(conf: SparkConf) -> bool:
+def _has(conf: SparkConf, word: str) -> bool:
     keys = ("spark.jars", "spark.jars.packages", "spark.driver.extraClassPath")
-    return any("delta-spark" in (conf.get(key) or "") for key in keys)
+    return any(word in (conf.get(key) or "") for key in keys)
+
+
+def _add(conf: SparkConf, key: str, values: list[str]) -> None:
+    """Adds to a list that the user may have begun."""
+    conf.set(key, ",".join([*filter(None, [conf.get(key)]), *values]))
 
 
 def _require_delta(spark: SparkSession) -> None:

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 from py4j.protocol import Py4JJavaError
@@ -12,9 +12,10 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from shoal.conf.errors import SourceError
-from shoal.conf.run import ChunkConfig
+from shoal.conf.run import ChunkConfig, RunConfig
 from shoal.conf.source import SourceConfig
 from shoal.conf.template import FieldPart
+from shoal.jobs.database import read_database, shared_snapshot
 from shoal.jobs.hashing import columns_hash, encode_string, hash128, quoted
 
 _KEY_TYPES = (
@@ -49,17 +50,42 @@ class SourceRows:
 
 
 def read_source(
-    spark: SparkSession, source: SourceConfig, chunk: ChunkConfig | None, *, limit: int | None = None
+    spark: SparkSession,
+    source: SourceConfig,
+    chunk: ChunkConfig | None,
+    *,
+    limit: int | None = None,
+    session: str | None = None,
 ) -> SourceRows:
     """The source as the run file describes it, pinned to one version where it has versions.
 
-    Nothing is scanned here but what Spark needs to infer a schema. Raises SourceError for a source that is not there,
-    a column that is not in it, and a key of a floating-point type.
+    Nothing is scanned here but what Spark needs to infer a schema. session: what each connection to a database says
+    first. Raises SourceError for a source that is not there, a column that is not in it, and a key of a floating-point
+    type.
     """
     version = _pinned_version(spark, source)
-    table = _load(spark, source, version)
+    table = _load(spark, source, version, session)
     rows = _shaped(table, source, chunk, limit=limit)
     return SourceRows(rows, source.key_names, source.metadata_names, version, table.schema.simpleString())
+
+
+def as_one_state(
+    spark: SparkSession, config: RunConfig, found: SourceRows, folder: str, *, limit: int | None = None
+) -> SourceRows:
+    """The source as it will be for as long as a run may look at it.
+
+    A database shows other rows each time it is asked: it is read once, and its rows are kept below `folder`. Every
+    other source is returned as found.
+    """
+    if config.source.format != "jdbc":
+        return found
+    try:
+        with shared_snapshot(spark, config.source) as session:
+            once = read_source(spark, config.source, config.chunk, limit=limit, session=session)
+            once.rows.write.parquet(folder)
+    except (PySparkException, Py4JJavaError) as error:
+        raise SourceError(f"{_named(config.source)} cannot be read to its end: {_reason(error)}") from error
+    return replace(once, rows=spark.read.schema(once.rows.schema).parquet(folder))
 
 
 def read_changes(
@@ -139,9 +165,15 @@ def _pinned_version(spark: SparkSession, source: SourceConfig) -> int | None:
     return int(version)
 
 
-def _load(spark: SparkSession, source: SourceConfig, version: int | None) -> DataFrame:
-    where = f"source '{source.path or source.table or source.query}'"
+def _named(source: SourceConfig) -> str:
+    return f"source '{source.path or source.table or source.query}'"
+
+
+def _load(spark: SparkSession, source: SourceConfig, version: int | None, session: str | None) -> DataFrame:
+    where = _named(source)
     try:
+        if source.format == "jdbc":
+            return read_database(spark, source, session)
         if source.format == "query":
             return spark.sql(source.query or "")
         reader = spark.read.options(**source.options)
@@ -252,4 +284,6 @@ def _reason(error: Exception) -> str:
     """The first line of what Spark says, without its error class."""
     text = str(error) if isinstance(error, PySparkException) else str(getattr(error, "java_exception", error))
     line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    if "No suitable driver" in line or "ClassNotFoundException" in line:
+        line += "; its jar has to be on Spark's class path (spark.jars.packages in `spark.conf`)"
     return line.removeprefix("[").replace("] ", ": ", 1) if line.startswith("[") else line

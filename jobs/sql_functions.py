@@ -23,7 +23,7 @@ from shoal.jobs.model_source import resolve_model
 from shoal.jobs.prepare import model_cache
 from shoal.jobs.served_table import ServedTable, has_been_moved, has_moved, read_served
 from shoal.jobs.sql_lexical import TERMS_OF
-from shoal.jobs.sql_parts import CELLS, EMBED
+from shoal.jobs.sql_parts import CELLS, EMBED, require_vector_functions
 from shoal.jobs.sql_rerank import MMR, RERANK
 from shoal.jobs.sql_text import statements
 from shoal.udfs.cells_udf import cells_udf
@@ -53,7 +53,11 @@ class Functions:
     served: dict[str, ServedTable] = field(default_factory=dict)
 
     def create(self) -> None:
-        """Makes the functions of all tables; DestinationError when one of the tables is not there."""
+        """Makes the functions of all tables.
+
+        Raises ConfigError on a Spark without vector functions, DestinationError when one of the tables is not there.
+        """
+        require_vector_functions(self.spark)
         for name, udf in ((TERMS_OF, query_terms_udf()), (RERANK, rerank_udf()), (MMR, mmr_udf())):
             self.spark.udf.register(name, udf)
         for name, table in self.tables.items():

@@ -11,6 +11,7 @@ from shoal.conf.errors import DestinationError, first_line
 from shoal.jobs.hashing import quoted
 from shoal.jobs.served_table import read_served
 from shoal.jobs.sql_functions import tables_of
+from shoal.jobs.sql_parts import require_vector_functions
 from shoal.jobs.sql_text import permanent_statements
 
 BY_TEXT = ("search", "match", "best", "scores", "bm25", "hybrid")
@@ -20,8 +21,11 @@ def sql_install(spark: SparkSession, arguments: Sequence[str], schema: str, *, d
     """Makes `<name>_search_vector` and `<name>_similar` for tables given as NAME=TABLE or TABLE; the `--json` document.
 
     They always read the newest version of their table. dry_run: only says the statements, for an endpoint that this
-    process does not reach. Raises DestinationError when a table or the schema is not there, or the catalog refuses.
+    process does not reach. Raises ConfigError on a Spark without vector functions, DestinationError when a table or the
+    schema is not there, or the catalog refuses.
     """
+    if not dry_run:
+        require_vector_functions(spark)
     made: dict[str, str] = {}
     missing: list[str] = []
     for name, table in tables_of(arguments).items():

@@ -6,6 +6,9 @@ In a body, `v` is the one row that everything is computed from, and `p` the cell
 import math
 from collections.abc import Sequence
 
+from pyspark.sql import SparkSession
+
+from shoal.conf.errors import ConfigError
 from shoal.jobs.cells import FRESH
 from shoal.jobs.hashing import quoted
 from shoal.jobs.served_table import Column, ServedTable
@@ -20,6 +23,9 @@ CODE = "QUERY_INVALID"
 PRODUCT = "vector_inner_product({vector}, v.`__e`)"
 """How the vector of a row scores."""
 
+NEEDED = (4, 2)
+"""The Spark whose SQL has that function first."""
+
 ONE = "(VALUES (1)) AS o(`one`)"
 """What `v` is joined with where it stands alone: then Spark computes it once for all places, as the right side of a
 join, and a query is encoded once.
@@ -29,6 +35,15 @@ MIN_POWER = 0.5
 
 Parameter = tuple[str, str, str, int | float | str | None]
 """Name, type, meaning, default; None for a parameter that has to be given."""
+
+
+def require_vector_functions(spark: SparkSession) -> None:
+    """ConfigError where Spark's SQL has no vector functions."""
+    if tuple(map(int, spark.version.split(".")[:2])) < NEEDED:
+        raise ConfigError(
+            f"Spark is {spark.version}, and its SQL has no vector functions, which came with 4.2: search there with "
+            "`shoal search`, or serve the tables from a Spark 4.2, which may be another than the one that embeds"
+        )
 
 
 class SqlParts:

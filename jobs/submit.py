@@ -20,8 +20,9 @@ from shoal.conf.loader import SHIPPED_TARGETS
 from shoal.conf.run import RunConfig
 from shoal.conf.target import ENCODERS_PER_GPU, TargetConfig
 from shoal.jobs.encoder_tasks import GPUS
+from shoal.jobs.jars import JARS_OF_SPARK, connectors, delta
 from shoal.jobs.model_files import SHARED
-from shoal.jobs.session import JARS_OF_SPARK, SUBMITTED, delta_package, fetched_jars
+from shoal.jobs.session import SUBMITTED
 
 ENVIRONMENT = "environment"
 """Where Spark unpacks a packed environment, below the working folder of an executor and of a driver in the cluster."""
@@ -34,7 +35,7 @@ ZIP, SCRIPT, PROPERTIES = "shoal.zip", "shoal_submit.py", "spark.conf"
 ZIP_PROPERTY = "spark.submit.pyFiles"
 DISCOVERY, VENDOR = "spark.executor.resource.gpu.discoveryScript", "spark.executor.resource.gpu.vendor"
 DISCOVERY_SCRIPT = SHIPPED_TARGETS / "discover_gpus.sh"
-LISTS = ("spark.archives", "spark.files", "spark.jars", "spark.jars.packages")
+LISTS = ("spark.archives", "spark.files", "spark.jars", "spark.jars.excludes", "spark.jars.packages")
 
 
 @dataclass(frozen=True)
@@ -149,22 +150,38 @@ def compose(
         properties |= _gpu_properties(target, target.gpus)
     if target.model == "shared":
         properties[SHARED] = "shared"
-    jars = [] if inside else fetched_jars()
-    if jars:
-        properties["spark.jars"] = ",".join(map(str, jars))
-    else:
-        properties |= {"spark.jars.packages": delta_package(), "spark.jars.excludes": JARS_OF_SPARK}
+    spark_home = target.spark_home or os.environ.get("SPARK_HOME") or str(Path(pyspark.__file__).parent)
+    properties |= _jar_properties(target, config, Path(spark_home), inside=inside)
     if inside:
         properties = _with(properties, {"spark.files": str(file.absolute())})
     arguments = [verb, file.name if inside else str(file.absolute()), *arguments, *_given_up(config, target)]
     return Submission(
-        spark_home=target.spark_home or os.environ.get("SPARK_HOME") or str(Path(pyspark.__file__).parent),
+        spark_home=spark_home,
         properties=_with(properties, target.conf),
         shown=_with(properties | {ZIP_PROPERTY: ZIP}, target.redacted()["conf"]),
         arguments=tuple(arguments),
         inside=inside,
         python=python,
     )
+
+
+def _jar_properties(target: TargetConfig, config: RunConfig, spark_home: Path, *, inside: bool) -> dict[str, str]:
+    """Delta, and the connectors of object stores where no image or distribution of a platform brings its own."""
+    wanted = [delta()]
+    if target.kind in ("local", "standalone"):
+        wanted += connectors(config.places, spark_home)
+    given = " ".join(target.conf.get(name, "") for name in LISTS)
+    jars: list[str] = []
+    packages: list[str] = []
+    for artifact in wanted:
+        if artifact.word not in given:
+            fetched = [] if inside else artifact.fetched()
+            jars += map(str, fetched)
+            packages += [] if fetched else [artifact.coordinates]
+    properties = {"spark.jars": ",".join(jars)} if jars else {}
+    if packages:
+        properties |= {"spark.jars.packages": ",".join(packages), "spark.jars.excludes": JARS_OF_SPARK}
+    return properties
 
 
 def _gpu_properties(target: TargetConfig, num_gpus: int) -> dict[str, str]:

@@ -18,8 +18,8 @@ from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ConfigError, RunError, first_line
 from shoal.conf.run import SparkConfig
+from shoal.jobs.jars import delta_jars
 from shoal.jobs.passwords import authenticate_by, require_users
-from shoal.jobs.session import delta_jars
 
 DEFAULT_PORT = 10000
 KEYSTORE_PASSWORD = "SHOAL_KEYSTORE_PASSWORD"  # noqa: S105 - its name

@@ -69,7 +69,9 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SparkSession"]:
             "spark.sql.debug.maxToStringFields": "100",
         },
     )
-    session = open_spark(settings, app_name="shoal tests", log_file=folder / "spark.log")
+    session = open_spark(
+        settings, app_name="shoal tests", log_file=folder / "spark.log", places=["s3a://", "jdbc:postgresql:"]
+    )
     yield session
     session.stop()
 

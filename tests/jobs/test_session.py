@@ -1,6 +1,5 @@
 """How Spark is opened, as far as a session that runs already shows it."""
 
-import importlib.metadata
 import os
 from pathlib import Path
 
@@ -9,14 +8,12 @@ from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ConfigError
 from shoal.conf.run import SparkConfig
+from shoal.jobs.jars import connectors, delta
 from shoal.jobs.session import (
     CLASS_ARCHIVE,
     DELTA_EXTENSION,
-    IVY_JARS,
     _launching,
     default_log_file,
-    delta_package,
-    fetched_jars,
     open_spark,
     slots,
 )
@@ -40,10 +37,12 @@ def test_the_session_is_set_up_for_delta_arrow_and_utc(spark: SparkSession) -> N
 
 def test_a_local_session_asks_nobody_for_jars_that_are_there(spark: SparkSession) -> None:
     conf = spark.sparkContext.getConf()
-    assert (conf.get("spark.jars.packages") is None) == (fetched_jars() != [])
+    wanted = [delta(), *connectors(["s3a://", "jdbc:postgresql:"])]
+    packages = [artifact.coordinates for artifact in wanted if not artifact.fetched()]
+    assert (conf.get("spark.jars.packages") or "") == ",".join(packages)
     java = spark.sparkContext._jvm.java  # type: ignore[union-attr]
     class_path = java.lang.System.getProperty("java.class.path").split(os.pathsep)
-    assert set(map(str, fetched_jars())) <= set(class_path)
+    assert {str(jar) for artifact in wanted for jar in artifact.fetched()} <= set(class_path)
     options = java.lang.management.ManagementFactory.getRuntimeMXBean().getInputArguments()
     assert any(str(CLASS_ARCHIVE) in option for option in options) == CLASS_ARCHIVE.exists()
 
@@ -68,40 +67,11 @@ def test_the_environment_that_a_jvm_starts_in_is_the_users_with_additions(
         assert dict(os.environ) == before
 
 
-def test_jars_of_which_one_is_missing_are_fetched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
-    version = importlib.metadata.version("delta-spark")
-    folder = tmp_path / IVY_JARS
-    folder.mkdir(parents=True)
-    jars = [folder / f"io.delta_delta-{name}-{version}.jar" for name in "abcde"]
-    for jar in jars:
-        assert fetched_jars() == []
-        jar.touch()
-    assert fetched_jars() == jars
-
-
 def test_a_running_session_without_delta_is_refused(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.jobs.session.DELTA_EXTENSION", "io.delta.sql.AnotherExtension")
 
     with pytest.raises(ConfigError, match=r"spark\.sql\.extensions of the running session is .*AnotherExtension in it"):
         open_spark(SparkConfig(), app_name="again")
-
-
-@pytest.mark.parametrize(
-    ("spark_version", "delta", "package"),
-    [
-        ("4.0.1", "4.0.0", "io.delta:delta-spark_2.13:4.0.0"),
-        ("4.1.0", "4.1.0", "io.delta:delta-spark_4.1_2.13:4.1.0"),
-        ("4.2.0", "4.4.0", "io.delta:delta-spark_4.2_2.13:4.4.0"),
-    ],
-)
-def test_the_delta_package_fits_spark(
-    monkeypatch: pytest.MonkeyPatch, spark_version: str, delta: str, package: str
-) -> None:
-    monkeypatch.setattr("pyspark.__version__", spark_version)
-    monkeypatch.setattr("importlib.metadata.version", lambda _: delta)
-
-    assert delta_package() == package
 
 
 def test_the_log_of_spark_is_this_process_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
