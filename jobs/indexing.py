@@ -39,7 +39,7 @@ SAMPLE_PER_CELL, MAX_SAMPLE_BYTES = 256, 600 * 2**20
 """What centroids are trained on: more per cell moves them by little, and all of it comes to the driver."""
 
 HELD_OUT = 200
-MEASURED_K = (10, 100)
+MEASURED_K = (10, 100, 1000)
 MAX_HELD_SHARE = 0.2
 CURVE_POINTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 

@@ -33,6 +33,9 @@ _KEY_TYPES = (
 ROW_TEXT = "__shoal_text"
 """Name of the rendered text until it meets the published column `text`; users' own columns cannot be called so."""
 
+LENGTH_LIMIT = "__CHAR_VARCHAR_TYPE_STRING"
+"""Where Spark notes that a column of text was declared as CHAR(n) or VARCHAR(n)."""
+
 SIGN = "__sign"
 """Whether a row of the change feed came (1) or went (-1)."""
 
@@ -260,8 +263,9 @@ def _renamed(table: DataFrame, setting: str, source: str, name: str) -> Column:
             f"{setting}: '{name}' begins with __, as Shoal's own names do; publish it as '{name} AS other'",
             code="SOURCE_MISMATCH",
         )
-    field = table.schema[source]
-    return F.col(quoted(source)).alias(name, metadata=field.metadata)
+    # Of text of limited length Delta keeps no statistics, and refuses to be asked for some; it is published as text.
+    metadata = {key: value for key, value in table.schema[source].metadata.items() if key != LENGTH_LIMIT}
+    return F.col(quoted(source)).alias(name, metadata=metadata)
 
 
 def _chunk_settings(chunk: ChunkConfig | None) -> str:
@@ -283,7 +287,17 @@ def _sql_name(name: str) -> str:
 def _reason(error: Exception) -> str:
     """The first line of what Spark says, without its error class."""
     text = str(error) if isinstance(error, PySparkException) else str(getattr(error, "java_exception", error))
+    if "[FAILED_JDBC" in text:
+        text = f"{text.strip().splitlines()[0]}: {_root_cause(error)}"
     line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     if "No suitable driver" in line or "ClassNotFoundException" in line:
         line += "; its jar has to be on Spark's class path (spark.jars.packages in `spark.conf`)"
     return line.removeprefix("[").replace("] ", ": ", 1) if line.startswith("[") else line
+
+
+def _root_cause(error: Exception) -> str:
+    """What the database's own driver said; Spark's error shows its operation alone."""
+    cause = getattr(error, "_origin", None)
+    while cause is not None and cause.getCause() is not None:
+        cause = cause.getCause()
+    return "" if cause is None else (str(cause.getMessage()).strip().splitlines() or [""])[0]

@@ -101,10 +101,12 @@ class _Sql(SqlParts):
         return " AND ".join(conditions) or "true"
 
     def _cells_with_matches(self) -> str:
-        """`p` for a search among the rows that match: cells, nearest first, until they hold enough of these.
+        """`p` for a search among the rows that match: the cells that hold some of these, nearest first, up to enough.
 
         Of the rows in the r nearest cells the share s matches. To find k of those, a search has to reach as far as one
-        for k / s rows of all would; enough are the first r cells in which that one would look.
+        for k / s rows of all would, and beyond the rows of the cells before the one that has the k-th match: there,
+        rows that match lie together. Enough are the first r cells in which that search would look. Where it would be
+        for more rows than was ever measured, all cells are looked in that hold a match, which is exact.
         """
         if self.index is None:
             return ""
@@ -120,15 +122,20 @@ class _Sql(SqlParts):
         )
         so_far = "OVER (ORDER BY r.`__nth` ROWS UNBOUNDED PRECEDING)"
         grown = (
-            f"SELECT r.`cell`, r.`__nth`, sum(n.`__rows`) {so_far} AS `__rows`, sum(n.`__hits`) {so_far} AS `__hits`, "
-            f"max(n.`__k`) OVER () AS `__k` FROM ranked r JOIN counted n ON n.`cell` = r.`cell`"
+            f"SELECT r.`cell`, r.`__nth`, n.`__rows` AS `__own`, n.`__hits` > 0 AS `__some`, n.`__k`, "
+            f"sum(n.`__rows`) {so_far} AS `__rows`, sum(n.`__hits`) {so_far} AS `__hits` "
+            f"FROM ranked r JOIN counted n ON n.`cell` = r.`cell`"
         )
-        needed = self.cells_for("g.`__k` * g.`__rows` / nullif(g.`__hits`, 0)")
-        stop = f"SELECT min(g.`__nth`) AS `__nth` FROM grown g WHERE g.`__hits` >= g.`__k` AND {needed} <= g.`__nth`"
-        chosen = f"g.`__nth` <= coalesce(s.`__nth`, {made.cells})"
+        held = "g.`__hits` >= g.`__k`"
+        before = f"min(CASE WHEN {held} THEN g.`__rows` - g.`__own` END) OVER ()"
+        reached = f"SELECT g.*, {before} AS `__before` FROM grown g"
+        reach = "greatest(g.`__k` * g.`__rows` / nullif(g.`__hits`, 0), g.`__before`)"
+        enough = f"{held} AND {reach} <= {max(made.probes)} AND {self.cells_for(reach)} <= g.`__nth`"
+        stopped = f"SELECT g.*, min(CASE WHEN {enough} THEN g.`__nth` END) OVER () AS `__stop` FROM reached g"
+        chosen = f"g.`__some` AND g.`__nth` <= coalesce(g.`__stop`, {made.cells})"
         return (
-            f", ranked AS ({ranked}), counted AS ({counted}), grown AS ({grown}), stop AS ({stop}), "
-            f"p AS (SELECT collect_list(g.`cell`) AS `__cells` FROM grown g CROSS JOIN stop s WHERE {chosen})"
+            f", ranked AS ({ranked}), counted AS ({counted}), grown AS ({grown}), reached AS ({reached}), "
+            f"stopped AS ({stopped}), p AS (SELECT collect_list(g.`cell`) AS `__cells` FROM stopped g WHERE {chosen})"
         )
 
     def search_vector(self) -> str:

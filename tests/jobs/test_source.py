@@ -198,6 +198,20 @@ def test_metadata_of_any_type_travels_under_the_name_it_is_published_by(spark: S
     }
 
 
+def test_text_of_limited_length_is_published_as_text(spark: SparkSession, tmp_path: Path) -> None:
+    table = f"delta.`{tmp_path / 'limited'}`"
+    spark.sql(f"CREATE TABLE {table} (id VARCHAR(9), body STRING, lang CHAR(2)) USING delta")
+    spark.sql(f"INSERT INTO {table} VALUES ('a', 'one fish', 'de')")
+
+    source = read(spark, format="delta", path=str(tmp_path / "limited"), columns=["lang"])
+    fields = {field.name: field for field in source.rows.schema}
+    assert {name: (fields[name].dataType.simpleString(), fields[name].metadata) for name in ("id", "lang")} == {
+        "id": ("string", {}),
+        "lang": ("string", {}),
+    }
+    assert source.rows.select("id", "lang").collect() == [("a", "de")]
+
+
 def test_keys_keep_their_types_and_may_be_several(spark: SparkSession) -> None:
     spark.sql(
         "SELECT 7 AS n, date '2026-01-31' AS day, CAST(1.50 AS DECIMAL(5, 2)) AS price, true AS ok, 'x' AS body"
