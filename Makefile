@@ -25,6 +25,7 @@ EXTRAS := .[quickstart,openvino]
 SPARK ?=
 SPARKS := $(if $(SPARK),'pyspark==$(SPARK).*' 'delta-spark==$(SPARK).*')
 CONSTRAINTS := $(if $(SPARK),$(VENV)/constraints.txt,constraints.txt)
+OLDER_SPARK := $(patsubst %,tests/jobs/test_%.py,session source planner plan embed publish search restore)
 
 # uv does not read pip's settings; these are the ones that decide where packages come from. Where pip.conf holds them
 # instead, uv may find nothing, and `install` goes on with pip.

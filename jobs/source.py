@@ -264,7 +264,9 @@ def _renamed(table: DataFrame, setting: str, source: str, name: str) -> Column:
             code="SOURCE_MISMATCH",
         )
     # Of text of limited length Delta keeps no statistics, and refuses to be asked for some; it is published as text.
-    metadata = {key: value for key, value in table.schema[source].metadata.items() if key != LENGTH_LIMIT}
+    metadata = table.schema[source].metadata
+    if LENGTH_LIMIT in metadata:
+        return F.col(quoted(source)).cast("string").alias(name)
     return F.col(quoted(source)).alias(name, metadata=metadata)
 
 

@@ -69,16 +69,18 @@ class SqlParts:
         self.keys = ", ".join(f"s.{quoted(column.name)}" for column in served.keys)
         self.order = f"s.`__score` DESC, {self.keys}, s.`chunk_index`"
 
-    def scored(self, score: str = PRODUCT, where: str = "true", *, more: str = "", exact: bool = False) -> str:
+    def scored(
+        self, score: str = PRODUCT, where: str = "true", *, more: str = "", exact: bool = False, cells: str = "p"
+    ) -> str:
         """Every row with a vector, or those in the cells to look in, with scores computed from the one row of `v`.
 
-        more: a further column.
+        more: a further column. cells: the one row that names those cells.
         """
         if self.index is not None and not exact:
             # A subquery of one row, so that Spark knows the cells before it lists files. Others may have written rows
             # without a cell.
-            cells = "array_contains((SELECT p.`__cells` FROM p), t.`cell`)"
-            where = f"{where} AND (t.`cell` IS NULL OR t.`cell` = {FRESH} OR {cells})"
+            is_there = f"array_contains((SELECT p.`__cells` FROM {cells} p), t.`cell`)"
+            where = f"{where} AND (t.`cell` IS NULL OR t.`cell` = {FRESH} OR {is_there})"
         return (
             f"SELECT {self.carried}, {f'{more}, ' if more else ''}{score.format(vector='t.`embedding`')} AS `__score` "
             f"FROM {self.relation} t "

@@ -101,41 +101,31 @@ class _Sql(SqlParts):
         return " AND ".join(conditions) or "true"
 
     def _cells_with_matches(self) -> str:
-        """`p` for a search among the rows that match: the cells that hold some of these, nearest first, up to enough.
+        """`p` for a search among the rows that match: the cells nearest to the query, or all that hold a match.
 
-        Of the rows in the r nearest cells the share s matches. To find k of those, a search has to reach as far as one
-        for k / s rows of all would, and beyond the rows of the cells before the one that has the k-th match: there,
-        rows that match lie together. Enough are the first r cells in which that search would look. Where it would be
-        for more rows than was ever measured, all cells are looked in that hold a match, which is exact.
+        Of the r rows nearest to the query, r as measured, so many cells hold the share that was asked for. Where k of
+        these rows match, they are the k nearest that do, and are in those cells; the smallest such r counts. Where
+        fewer do, nothing that was measured says where the others are, and every cell with a match is looked in, which
+        is exact.
         """
         if self.index is None:
             return ""
-        made = self.index.made
-        nearest = self.nearest_cells("array(v.`__e`)", str(made.cells))
-        ranked = (
-            f"SELECT e.`cell`, e.`place` + 1 AS `__nth` FROM {ONE} CROSS JOIN v "
-            f"LATERAL VIEW posexplode({nearest}) e AS `place`, `cell`"
+        probes = sorted(self.index.made.probes.items())
+        reach, most = probes[-1]
+        near = f"SELECT {self.nearest_cells('array(v.`__e`)', str(most))} AS `__cells` FROM {ONE} CROSS JOIN v"
+        looked_at = self.scored(more=f"{self._matches} AS `__is_match`, v.`__k`", cells="near")
+        nearest = f"SELECT s.*, row_number() OVER (ORDER BY s.`__score` DESC) AS `__nth` FROM ({looked_at}) s"
+        kth = "min(CASE WHEN s.`__so_far` >= s.`__k` THEN s.`__nth` END) AS `__kth`"
+        so_far = "sum(int(s.`__is_match`)) OVER (ORDER BY s.`__nth` ROWS UNBOUNDED PRECEDING)"
+        seen = f"SELECT {kth} FROM (SELECT s.*, {so_far} AS `__so_far` FROM ({nearest}) s WHERE s.`__nth` <= {reach}) s"
+        held = (
+            f"SELECT collect_set(t.`cell`) AS `__cells` FROM {self.relation} t CROSS JOIN v "
+            f"WHERE t.`error` IS NULL AND {self._matches}"
         )
-        counted = (
-            f"SELECT t.`cell`, count(*) AS `__rows`, count_if({self._matches}) AS `__hits`, max(v.`__k`) AS `__k` "
-            f"FROM {self.relation} t CROSS JOIN v WHERE t.`error` IS NULL AND t.`cell` >= 0 GROUP BY t.`cell`"
-        )
-        so_far = "OVER (ORDER BY r.`__nth` ROWS UNBOUNDED PRECEDING)"
-        grown = (
-            f"SELECT r.`cell`, r.`__nth`, n.`__rows` AS `__own`, n.`__hits` > 0 AS `__some`, n.`__k`, "
-            f"sum(n.`__rows`) {so_far} AS `__rows`, sum(n.`__hits`) {so_far} AS `__hits` "
-            f"FROM ranked r JOIN counted n ON n.`cell` = r.`cell`"
-        )
-        held = "g.`__hits` >= g.`__k`"
-        before = f"min(CASE WHEN {held} THEN g.`__rows` - g.`__own` END) OVER ()"
-        reached = f"SELECT g.*, {before} AS `__before` FROM grown g"
-        reach = "greatest(g.`__k` * g.`__rows` / nullif(g.`__hits`, 0), g.`__before`)"
-        enough = f"{held} AND {reach} <= {max(made.probes)} AND {self.cells_for(reach)} <= g.`__nth`"
-        stopped = f"SELECT g.*, min(CASE WHEN {enough} THEN g.`__nth` END) OVER () AS `__stop` FROM reached g"
-        chosen = f"g.`__some` AND g.`__nth` <= coalesce(g.`__stop`, {made.cells})"
+        enough = " ".join(f"WHEN s.`__kth` <= {rows} THEN slice(n.`__cells`, 1, {cells})" for rows, cells in probes)
         return (
-            f", ranked AS ({ranked}), counted AS ({counted}), grown AS ({grown}), reached AS ({reached}), "
-            f"stopped AS ({stopped}), p AS (SELECT collect_list(g.`cell`) AS `__cells` FROM stopped g WHERE {chosen})"
+            f", near AS ({near}), seen AS ({seen}), held AS ({held}), p AS (SELECT CASE {enough} "
+            "ELSE h.`__cells` END AS `__cells` FROM near n CROSS JOIN seen s CROSS JOIN held h)"
         )
 
     def search_vector(self) -> str:
