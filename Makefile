@@ -23,7 +23,9 @@ STORES := $(VENV)/.stores
 EXTRAS := .[quickstart,openvino]
 # An older Spark with its Delta, for an environment of its own: make test-spark-4.0.
 SPARK ?=
-SPARKS := $(if $(SPARK),'pyspark==$(SPARK).*' 'delta-spark==$(SPARK).*')
+DELTA_4.0 := 4.0.*
+DELTA_4.1 := 4.4.0
+SPARKS := $(if $(SPARK),'pyspark==$(SPARK).*' 'delta-spark==$(DELTA_$(SPARK))')
 CONSTRAINTS := $(if $(SPARK),$(VENV)/constraints.txt,constraints.txt)
 OLDER_SPARK := $(patsubst %,tests/jobs/test_%.py,session source planner plan embed publish search restore)
 

@@ -42,8 +42,7 @@ class DatabaseConfig(Section):
     )
     partitions: PositiveInt = Field(
         default=1,
-        description="Connections that read at the same time, for PostgreSQL, which shows them all the same state. One "
-        "connection sees one state of any database.",
+        description="Connections that read at the same time, for PostgreSQL, which shows them all the same state.",
     )
     partition_column: Text | None = Field(
         default=None, description="Numeric, date or timestamp column whose range the connections share out."

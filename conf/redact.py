@@ -8,7 +8,9 @@ _SECRET_NAME = re.compile(
     r"passw|passphrase|\bpwd\b|secret|token|credential|signature|\bsas\b|key$|\bkey\b|(?:api|access|account|private)_?key",
     re.IGNORECASE,
 )
-_USER_INFO = re.compile(r"(?<=://)[^/\s@:]*:[^\s@]*@|(?<=http://)[^/\s@]+@|(?<=https://)[^/\s@]+@")
+_USER_INFO = re.compile(
+    r"(?<=://)[^/\s@:]*:[^\s@]*@|(?<=http://)[^/\s@]+@|(?<=https://)[^/\s@]+@|(?<=:thin:)[^/\s@:]*/[^\s@]*@"
+)
 _SECRET_PAIR = re.compile(
     r"((?:(?:[\w.-]*(?:passw|secret|token|credential|passphrase)[\w.-]*|pwd|sig|sas)\s*[=:]|[\w.-]*key\s*=)\s*)[^\s&;,\"']+",
     re.IGNORECASE,

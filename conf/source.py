@@ -23,6 +23,11 @@ from shoal.conf.section import (
 from shoal.conf.template import Template, parse_template
 from shoal.conf.values import MetadataColumn, parse_column
 
+SETTING_OF_OPTION = frozenset(
+    {"url", "user", "dbtable", "query", "partitioncolumn", "lowerbound", "upperbound", "numpartitions"}
+)
+"""Options of Spark's JDBC reader, in lower case, that a database has settings for."""
+
 
 class SourceConfig(Section):
     """Where the rows come from, what identifies one, and what its text is."""
@@ -126,9 +131,13 @@ class SourceConfig(Section):
         if self.options and self.format in ("table", "query"):
             yield SettingProblem((("format",), ("options",)), "they have no effect on this format; remove them")
         for option in self.options if self.format == "jdbc" else ():
-            if is_secret_name(option) or option.lower() in ("url", "user", "dbtable", "query"):
-                advice = "use source.database, which keeps passwords out of the run file"
+            if is_secret_name(option) or option.lower() in SETTING_OF_OPTION:
+                advice = "use source.database, which keeps passwords out of the run file and shows one state"
                 yield SettingProblem((("options", option),), advice)
+            shared = self.database is not None and self.database.partitions > 1
+            if shared and option.lower() in ("sessioninitstatement", "fetchsize"):
+                advice = "it would part the connections from the state that they share; leave it out, or the partitions"
+                yield SettingProblem((("options", option), ("database", "partitions")), advice)
         for option in self.options:
             if option.lower() in ("versionasof", "timestampasof"):
                 name = "version" if option.lower() == "versionasof" else "timestamp"

@@ -1,5 +1,6 @@
 """Reads a table or a query of a database over JDBC, all connections of a run showing the same state."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +39,13 @@ def read_database(spark: SparkSession, source: SourceConfig, session: str | None
     if low is None:
         return _reader(spark, source, session).option("dbtable", what).load()
     if isinstance(rows.schema["low"].dataType, T.NumericType):
-        low, high = int(low), int(high) + 1
+        try:
+            low, high = math.floor(low), math.floor(high) + 1
+        except (ValueError, OverflowError) as error:
+            raise SourceError(
+                f"source.database.partition_column '{column}' reaches from {low} to {high}, which cannot be shared "
+                "out; choose one without NaN and infinity"
+            ) from error
     reader = _reader(spark, source, session).option("dbtable", what).option("partitionColumn", column)
     return reader.options(lowerBound=str(low), upperBound=str(high), numPartitions=database.partitions).load()
 

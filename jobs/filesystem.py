@@ -107,7 +107,7 @@ class FileSystem:
         """A copy of one file on this machine's disk."""
         file.parent.mkdir(parents=True, exist_ok=True)
         # Without a checksum file of Hadoop's own beside it.
-        self._fs.copyToLocalFile(False, self._path(path), self._path(file.as_uri()), True)
+        self._fs.copyToLocalFile(False, self._path(path), self._path(f"file://{file.absolute()}"), True)
 
     def delete(self, path: str) -> None:
         """Removes a file or a whole folder; an absent one is no error."""

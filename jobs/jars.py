@@ -1,6 +1,8 @@
 """Java's part of what Spark lacks: Delta's jars and the connectors of object stores, and where Ivy has put them."""
 
 import importlib.metadata
+import os
+import pwd
 import re
 import subprocess
 import sys
@@ -24,10 +26,12 @@ JARS_OF_SPARK = (
 # Where Spark's Ivy puts what it has fetched, unless spark.jars.ivy says otherwise.
 IVY_JARS, IVY_CACHE = ".ivy2.5.2/jars", ".ivy2.5.2/cache"
 
-NEEDED_BY_S3 = re.compile(r'<dependency org="([^"]+)" name="(bundle|analyticsaccelerator-s3)" rev="([^"]+)"')
-"""What hadoop-aws cannot do without, as Ivy describes it: Amazon's SDK, and since Hadoop 3.4.2 a reader of theirs."""
+NEEDED_BY_DELTA = r"delta-storage|delta-kernel-[a-z]+"
+NEEDED_BY_S3 = r"bundle|analyticsaccelerator-s3"
+"""Amazon's SDK, and since Hadoop 3.4.2 a reader of theirs."""
 
 
+HADOOP_AWS = "hadoop-aws"
 POSTGRESQL_DRIVER = "42.7.7"
 
 
@@ -44,7 +48,7 @@ class Artifact:
 
     def fetched(self) -> list[Path]:
         """Its jars where Ivy has put them; none where one is missing."""
-        jars = [Path.home() / IVY_JARS / name for name in self.files]
+        jars = [_home() / IVY_JARS / name for name in self.files]
         return jars if all(jar.exists() for jar in jars) else []
 
 
@@ -54,20 +58,16 @@ def delta() -> Artifact:
     spark_minor = ".".join(pyspark.__version__.split(".")[:2])
     per_spark_builds = tuple(int(part) for part in version.split(".")[:2]) >= (4, 1)
     scala = f"_{spark_minor}_2.13" if per_spark_builds else "_2.13"
-    names = [f"delta-spark{scala}", "delta-storage"]
-    if per_spark_builds:
-        names += ["delta-kernel-api", "delta-kernel-defaults", "delta-kernel-unitycatalog"]
-    jars = tuple(f"io.delta_{name}-{version}.jar" for name in names)
-    return Artifact("delta-spark", f"io.delta:delta-spark{scala}:{version}", jars)
+    return _described("delta-spark", "io.delta", f"delta-spark{scala}", version, NEEDED_BY_DELTA)
 
 
-def connectors(addresses: Iterable[str], spark_home: Path | None = None) -> list[Artifact]:
+def connectors(addresses: Iterable[str], spark_home: str | Path | None = None) -> list[Artifact]:
     """What Spark needs beside its own jars to reach these places: s3a:// and PostgreSQL so far.
 
     None where Spark's folder of jars has the connector already. spark_home: the distribution, by default pyspark's.
     """
     named = list(addresses)
-    own = (spark_home or Path(pyspark.__file__).parent) / "jars"
+    own = Path(spark_home or Path(pyspark.__file__).parent) / "jars"
     found = []
     if any("s3a://" in address for address in named):
         found += _of_s3(own)
@@ -83,42 +83,60 @@ def _of_s3(own: Path) -> list[Artifact]:
     if hadoop is None or any(own.glob("hadoop-aws-*.jar")):
         return []
     version = hadoop.stem.removeprefix("hadoop-client-api-")
-    described = Path.home() / IVY_CACHE / f"org.apache.hadoop/hadoop-aws/ivy-{version}.xml"
+    return [_described(HADOOP_AWS, "org.apache.hadoop", HADOOP_AWS, version, NEEDED_BY_S3)]
+
+
+def _home() -> Path:
+    """The user's folder as Java sees it, whatever HOME says."""
+    try:
+        return Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        return Path.home()
+
+
+def _described(word: str, org: str, name: str, version: str, needed: str) -> Artifact:
+    """An artifact, and the jars that it cannot do without, as Ivy has written down when it brought them."""
+    described = _home() / IVY_CACHE / org / name / f"ivy-{version}.xml"
     files: list[str] = []
     if described.exists():
-        needed = NEEDED_BY_S3.findall(described.read_text(encoding="utf-8"))
-        files = [f"{org}_{name}-{rev}.jar" for org, name, rev in needed]
-        files.append(f"org.apache.hadoop_hadoop-aws-{version}.jar")
-    return [Artifact("hadoop-aws", f"org.apache.hadoop:hadoop-aws:{version}", tuple(files))]
+        pattern = rf'<dependency org="([^"]+)" name="({needed})" rev="([^"]+)"'
+        found = re.findall(pattern, described.read_text(encoding="utf-8"))
+        files = [f"{org}_{name}-{version}.jar", *(f"{of}_{part}-{rev}.jar" for of, part, rev in found)]
+    return Artifact(word, f"{org}:{name}:{version}", tuple(files))
 
 
 def delta_jars() -> list[Path]:
     """Delta's jars on this machine, fetched as for any session if need be; RunError where they cannot be."""
-    return delta().fetched() or [jar for jar in fetch(()) if jar.name.startswith("io.delta_")]
+    return delta().fetched() or [jar for jar in fetch([delta()]) if jar.name.startswith("io.delta_")]
 
 
-def fetch(places: Sequence[str]) -> list[Path]:
-    """What Ivy brings to this machine for a session that works on the places; RunError where it cannot."""
-    # Another folder of Ivy's, or none yet: a session of its own process says where they have come to.
+def fetch(artifacts: Sequence[Artifact]) -> list[Path]:
+    """Has Ivy bring the artifacts, and says where their jars have come to; RunError where it cannot."""
+    # Another folder of Ivy's, or none yet: a session of a process of its own knows.
     code = (
-        "import sys; from shoal.conf.run import SparkConfig; from shoal.jobs.session import open_spark; "
-        "spark = open_spark(SparkConfig(master='local[1]'), app_name='shoal jars', places=sys.argv[1:]); "
-        "print(spark.sparkContext.getConf().get('spark.jars') or '')"
+        "import sys; from pyspark.sql import SparkSession; builder = SparkSession.builder.master('local[1]'); "
+        "builder.config('spark.jars.packages', sys.argv[1]).config('spark.jars.excludes', sys.argv[2]); "
+        "builder.config('spark.ui.enabled', 'false').config('spark.driver.bindAddress', '127.0.0.1'); "
+        "builder.config('spark.driver.host', '127.0.0.1'); "
+        "print(builder.getOrCreate().sparkContext.getConf().get('spark.jars'))"
     )
-    done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True, check=False)
+    coordinates = ",".join(artifact.coordinates for artifact in artifacts)
+    call = [sys.executable, "-c", code, coordinates, JARS_OF_SPARK]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunError(
-            f"jars from Maven could not be had ({(done.stderr.strip().splitlines() or ['no answer'])[-1]}); the "
-            "network, or Ivy's settings for a mirror, have to reach a Maven repository",
+            f"{coordinates} could not be had ({(done.stderr.strip().splitlines() or ['no answer'])[-1]}); the network, "
+            "or Ivy's settings for a mirror, have to reach a Maven repository",
             code="SPARK_UNAVAILABLE",
         )
-    found = (done.stdout.strip().splitlines() or [""])[-1]
-    return [Path(jar.removeprefix("file://")) for jar in found.split(",") if jar]
+    return [Path(jar.removeprefix("file://")) for jar in done.stdout.strip().splitlines()[-1].split(",")]
 
 
 def main() -> None:
-    """Fetches the connectors of the places named on the command line, for sessions to come."""
-    fetch(sys.argv[1:])
+    """Fetches what sessions on the places named on the command line need beside Delta, unless it is there."""
+    missing = [artifact for artifact in connectors(sys.argv[1:]) if not artifact.fetched()]
+    if missing:
+        fetch(missing)
 
 
 if __name__ == "__main__":

@@ -85,14 +85,18 @@ def _from_folder(config: EncoderConfig) -> ResolvedModel:
 def _from_store(config: EncoderConfig, cache_folder: Path) -> ResolvedModel:
     """A copy of a folder that only Spark reaches; another one as soon as one of its files has changed."""
     try:
-        files = FileSystem(running_session(), config.model)
-        found = files.stamps(config.model)
+        return _copied(config, cache_folder)
     except Py4JJavaError as error:
         raise ModelError(
-            f"encoder.model is {config.model!r}, and that could not be listed ({java_reason(error)}); check the "
+            f"encoder.model is {config.model!r}, and that could not be read ({java_reason(error)}); check the "
             "address, and whether Spark's credentials for the store reach it.",
             code="MODEL_NOT_FOUND",
         ) from error
+
+
+def _copied(config: EncoderConfig, cache_folder: Path) -> ResolvedModel:
+    files = FileSystem(running_session(), config.model)
+    found = files.stamps(config.model)
     wanted = {name: stamp for name, stamp in found.items() if is_wanted(name, remote_code=config.trust_remote_code)}
     if not any(name.endswith(".safetensors") for name in wanted):
         raise ModelError(

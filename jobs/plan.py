@@ -22,6 +22,8 @@ from shoal.jobs.published import Published, read_published
 from shoal.jobs.source import SourceRows, read_source
 from shoal.udfs.terms import describe_terms
 
+UNKNOWN_BYTES = 2**60
+
 
 def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) -> dict[str, Any]:
     """The document of `shoal plan --json`: rows, chunks, tokens, estimate, and how the run would publish.
@@ -91,6 +93,8 @@ def _reads(spark: SparkSession, source: SourceRows, published: Published | None,
     """
     leaves = source.rows._jdf.queryExecution().optimizedPlan().collectLeaves()
     sizes = [int(leaves.apply(index).stats().sizeInBytes()) for index in range(leaves.size())]
+    # Of a database Spark knows no size, and takes the largest number that there is for it.
+    sizes = [size for size in sizes if size < UNKNOWN_BYTES]
     found = {"source_bytes": sum(sizes), "table_files": 0, "merge_files": 0, "merge_bytes": 0}
     if published is not None:
         found["table_files"] = size_of(spark, published.ref.sql).files

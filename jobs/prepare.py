@@ -192,7 +192,8 @@ def worker_error(error: PySparkException | Py4JJavaError) -> ShoalError:
     if full := full_disk(error):
         return full
     for line in lines:
-        if any(sign in line for sign in REFUSED_BY_STORE):
+        # Java says of files on local disks too that access is denied.
+        if any(sign in line for sign in REFUSED_BY_STORE) and ("AccessDenied" not in line or "://" in line):
             advice = "check the addresses of the run file, and the credentials that Spark has for the store"
             return ConfigError(f"a store refused: {line}; {advice} (STORAGE.md)", code="STORE_UNREACHABLE")
     for sign, what in UNFIT.items():

@@ -67,7 +67,7 @@ def open_spark(
         if SUBMITTED in os.environ:
             # What the submission says, SparkConf learns from a JVM that has been started with it.
             _start_jvm(None, log_file, delta().fetched())
-        conf, class_path = _configured(settings, app_name, connectors(places))
+        conf, class_path = _configured(settings, app_name, connectors(places, os.environ.get("SPARK_HOME")))
         master = conf.get("spark.master")
         _start_jvm(conf, log_file, class_path)
         spark = SparkSession.builder.config(conf=conf).getOrCreate()
@@ -104,15 +104,11 @@ def _configured(settings: SparkConfig, app_name: str, wanted: Iterable[Artifact]
     if master.startswith("local"):
         defaults |= _LOCAL_DEFAULTS
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    class_path: list[Path] = []
-    packages: list[str] = []
-    for artifact in (delta(), *wanted):
-        if not _has(conf, artifact.word):
-            # Asking Ivy takes seconds at every start; the executors of a cluster need what it has found.
-            fetched = artifact.fetched() if is_local(master) else []
-            class_path += fetched
-            packages += [] if fetched else [artifact.coordinates]
-    if packages:
+    lacking = [artifact for artifact in (delta(), *wanted) if not _has(conf, artifact.word)]
+    # Asking Ivy takes seconds at every start; the executors of a cluster need what it has found.
+    known = [artifact for artifact in lacking if is_local(master) and artifact.fetched()]
+    class_path = [jar for artifact in known for jar in artifact.fetched()]
+    if packages := [artifact.coordinates for artifact in lacking if artifact not in known]:
         _add(conf, "spark.jars.packages", packages)
         _add(conf, "spark.jars.excludes", [JARS_OF_SPARK])
     for key, value in defaults.items():

@@ -11,11 +11,12 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from shoal.conf.errors import SourceError
+from shoal.conf.errors import RunError, SourceError
 from shoal.conf.run import ChunkConfig, RunConfig
 from shoal.conf.source import SourceConfig
 from shoal.conf.template import FieldPart
 from shoal.jobs.database import read_database, shared_snapshot
+from shoal.jobs.filesystem import full_disk
 from shoal.jobs.hashing import columns_hash, encode_string, hash128, quoted
 
 _KEY_TYPES = (
@@ -87,7 +88,11 @@ def as_one_state(
             once = read_source(spark, config.source, config.chunk, limit=limit, session=session)
             once.rows.write.parquet(folder)
     except (PySparkException, Py4JJavaError) as error:
-        raise SourceError(f"{_named(config.source)} cannot be read to its end: {_reason(error)}") from error
+        raise full_disk(error) or RunError(
+            f"{_named(config.source)} was not read to its end ({_root_cause(error) or _reason(error)}); nothing was "
+            "published, run it again",
+            code="SOURCE_UNREADABLE",
+        ) from error
     return replace(once, rows=spark.read.schema(once.rows.schema).parquet(folder))
 
 
@@ -299,7 +304,7 @@ def _reason(error: Exception) -> str:
 
 def _root_cause(error: Exception) -> str:
     """What the database's own driver said; Spark's error shows its operation alone."""
-    cause = getattr(error, "_origin", None)
+    cause = getattr(error, "java_exception", None) or getattr(error, "_origin", None)
     while cause is not None and cause.getCause() is not None:
         cause = cause.getCause()
     return "" if cause is None else (str(cause.getMessage()).strip().splitlines() or [""])[0]

@@ -20,7 +20,7 @@ from shoal.conf.loader import SHIPPED_TARGETS
 from shoal.conf.run import RunConfig
 from shoal.conf.target import ENCODERS_PER_GPU, TargetConfig
 from shoal.jobs.encoder_tasks import GPUS
-from shoal.jobs.jars import JARS_OF_SPARK, connectors, delta
+from shoal.jobs.jars import HADOOP_AWS, JARS_OF_SPARK, connectors, delta
 from shoal.jobs.model_files import SHARED
 from shoal.jobs.session import SUBMITTED
 
@@ -166,10 +166,10 @@ def compose(
 
 
 def _jar_properties(target: TargetConfig, config: RunConfig, spark_home: Path, *, inside: bool) -> dict[str, str]:
-    """Delta, and the connectors of object stores where no image or distribution of a platform brings its own."""
-    wanted = [delta()]
-    if target.kind in ("local", "standalone"):
-        wanted += connectors(config.places, spark_home)
+    """Delta, and connectors; that of S3 only where no image or distribution of a platform brings its own."""
+    brings_its_own = target.kind not in ("local", "standalone")
+    wanted = [delta(), *connectors(config.places, spark_home)]
+    wanted = [artifact for artifact in wanted if artifact.word != HADOOP_AWS or not brings_its_own]
     given = " ".join(target.conf.get(name, "") for name in LISTS)
     jars: list[str] = []
     packages: list[str] = []

@@ -71,7 +71,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator["SparkSession"]:
         },
     )
     # `make stores` has brought them; the tests on an older Spark do without.
-    places = [place for place in ("s3a://", "jdbc:postgresql:") if connectors([place])[0].fetched()]
+    places = [place for place in ("s3a://", "jdbc:postgresql:") if all(jar.fetched() for jar in connectors([place]))]
     session = open_spark(settings, app_name="shoal tests", log_file=folder / "spark.log", places=places)
     yield session
     session.stop()

@@ -40,6 +40,11 @@ def test_a_run_on_a_database_names_its_places_and_where_the_password_is(tmp_path
         ("//db/shop", "//reader:geheim@db/shop", "user and password are no part of the address"),
         ("//db/shop", "//db/shop?password=geheim", "user and password are no part of the address"),
         ("//db/shop", "//db/shop?user=reader", "user and password are no part of the address"),
+        (
+            "postgresql://db/shop",
+            "oracle:thin:scott/geheim@//db:1521/shop",
+            "user and password are no part of the address",
+        ),
         ("jdbc:postgresql:", "postgresql:", "write an address that starts with jdbc:"),
         ("secret.txt", "secret.txt, password_env: PGPASSWORD", "keep one of the two"),
         ("password_file: secret.txt", "password_env: $PGPASSWORD", "name of an environment variable, without"),
@@ -56,6 +61,12 @@ def test_a_run_on_a_database_names_its_places_and_where_the_password_is(tmp_path
         ("format: jdbc", "format: table", "format jdbc and a database go together"),
         ("table: articles", "table: articles\n  options: {password: geheim}", "keeps passwords out of the run file"),
         ("table: articles", "table: articles\n  options: {dbtable: other}", "use source.database"),
+        ("table: articles", "table: articles\n  options: {numPartitions: 4}", "use source.database"),
+        (
+            "secret.txt}",
+            "secret.txt, partitions: 4, partition_column: id}\n  options: {sessionInitStatement: SET ROLE x}",
+            "part the connections from the state",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_said(tmp_path: Path, old: str, new: str, message: str) -> None:

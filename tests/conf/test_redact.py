@@ -40,6 +40,7 @@ def test_other_names_are_shown(name: str) -> None:
         ("abfss://box@account.dfs.core.windows.net/x", "abfss://box@account.dfs.core.windows.net/x"),
         ("https://host/x?sig=abc&n=1", "https://host/x?sig=***&n=1"),
         ("jdbc:postgresql://host/db?user=a&password=b", "jdbc:postgresql://host/db?user=a&password=***"),
+        ("jdbc:oracle:thin:scott/tiger@//host:1521/db", "jdbc:oracle:thin:***@//host:1521/db"),
         ("token = 'x'", "token = 'x'"),
     ],
 )

@@ -2,9 +2,9 @@
 
 import os
 import pwd
-import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ pytestmark = [pytest.mark.spark, pytest.mark.slow]
 PASSWORD = "lamp-keeper's-secret-7c1"
 FOLDERS = [Path(folder) for folder in os.environ["PATH"].split(os.pathsep) if folder]
 FOLDERS += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-BIN = next((folder for folder in FOLDERS if (folder / "initdb").exists() and (folder / "pg_ctl").exists()), None)
+PROGRAMS = ("initdb", "pg_ctl", "psql")
+BIN = next((folder for folder in FOLDERS if all((folder / name).exists() for name in PROGRAMS)), None)
 
 if BIN is None:
-    pytest.skip("PostgreSQL's initdb and pg_ctl are not installed", allow_module_level=True)
+    pytest.skip("PostgreSQL's initdb, pg_ctl and psql are not installed", allow_module_level=True)
 
 
 class Database:
@@ -43,9 +44,7 @@ class Database:
             identity = pwd.getpwnam(self._user)
             self._data.mkdir()
             os.chown(self._data, identity.pw_uid, identity.pw_gid)
-            for parent in (folder, *folder.parents):
-                if parent.stat().st_uid == os.getuid() and parent != Path("/"):
-                    parent.chmod(parent.stat().st_mode | 0o011)
+            folder.chmod(0o755)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -55,14 +54,15 @@ class Database:
         options = f"-c port={self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
         self._call("pg_ctl", "-D", str(self._data), "-w", "-o", options, "-l", str(self._data / "log"), "start")
         quoted = PASSWORD.replace("'", "''")
-        self.run(f"CREATE ROLE reader LOGIN PASSWORD '{quoted}'; GRANT pg_read_all_data TO reader")
+        self.run(f"CREATE ROLE reader LOGIN SUPERUSER PASSWORD '{quoted}'")
 
     @property
     def url(self) -> str:
         return f"jdbc:postgresql://127.0.0.1:{self.port}/postgres"
 
     def run(self, statements: str) -> str:
-        call = ["psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "owner", "-qAt", "-v", "ON_ERROR_STOP=1"]
+        assert BIN is not None
+        call = [BIN / "psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "owner", "-qAt", "-v", "ON_ERROR_STOP=1"]
         done = subprocess.run([*call, "postgres"], input=statements, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -78,10 +78,12 @@ class Database:
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
-    server = Database(tmp_path_factory.mktemp("postgresql"))
-    yield server
-    server.stop()
+def database() -> Iterator[Database]:
+    # Not below pytest's folder, which is open to its owner alone.
+    with tempfile.TemporaryDirectory(prefix="shoal-postgresql-", ignore_cleanup_errors=True) as folder:
+        server = Database(Path(folder))
+        yield server
+        server.stop()
 
 
 @pytest.fixture
@@ -205,4 +207,3 @@ def test_what_is_wrong_is_said_without_the_password(
         read(password_env=None, password_file=str(tmp_path / "none"))
     for told in (absent, refused, down):
         assert PASSWORD not in str(told.value)
-    assert shutil.which("psql")

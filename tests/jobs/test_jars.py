@@ -7,18 +7,6 @@ import pytest
 from shoal.jobs.jars import IVY_CACHE, IVY_JARS, connectors, delta
 
 
-def test_jars_of_which_one_is_missing_are_fetched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
-    folder = tmp_path / IVY_JARS
-    folder.mkdir(parents=True)
-    artifact = delta()
-    jars = [folder / name for name in artifact.files]
-    for jar in jars:
-        assert artifact.fetched() == []
-        jar.touch()
-    assert artifact.fetched() == jars
-
-
 @pytest.mark.parametrize(
     ("spark_version", "version", "package"),
     [
@@ -39,7 +27,7 @@ def test_the_delta_package_fits_spark(
 def test_the_connector_of_s3_is_of_the_version_of_sparks_hadoop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
+    monkeypatch.setattr("shoal.jobs.jars._home", lambda: tmp_path)
     (tmp_path / "jars").mkdir()
     assert connectors(["s3a://lake/docs"], tmp_path) == []
     (tmp_path / "jars/hadoop-client-api-3.5.0.jar").touch()
@@ -50,26 +38,27 @@ def test_the_connector_of_s3_is_of_the_version_of_sparks_hadoop(
     assert connectors(["/data/docs", "hdfs://name/docs"], tmp_path) == []
 
 
-def test_a_connector_that_ivy_has_brought_is_known_by_what_it_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
-    described = tmp_path / IVY_CACHE / "org.apache.hadoop/hadoop-aws/ivy-3.5.0.xml"
-    for folder in (tmp_path / "jars", tmp_path / IVY_JARS, described.parent):
+def test_what_ivy_has_brought_is_known_by_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.jobs.jars._home", lambda: tmp_path)
+    monkeypatch.setattr("pyspark.__version__", "4.2.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "4.4.0")
+    described = tmp_path / IVY_CACHE / "io.delta/delta-spark_4.2_2.13/ivy-4.4.0.xml"
+    for folder in (tmp_path / IVY_JARS, described.parent):
         folder.mkdir(parents=True)
-    (tmp_path / "jars/hadoop-client-api-3.5.0.jar").touch()
+    assert delta().fetched() == []
     described.write_text(
         """<dependencies>
-        <dependency org="org.apache.hadoop" name="hadoop-common" rev="3.5.0" conf="provided->compile(*)"/>
-        <dependency org="software.amazon.awssdk" name="bundle" rev="2.35.4" conf="compile->compile(*)"/>
+        <dependency org="org.apache.spark" name="spark-core_2.13" rev="4.2.0" conf="provided->compile(*)"/>
+        <dependency org="io.delta" name="delta-storage" rev="4.4.0" conf="compile->compile(*),master(*)"/>
+        <dependency org="io.delta" name="delta-kernel-api" rev="4.4.0" conf="compile->compile(*),master(*)"/>
         </dependencies>"""
     )
-    names = ["org.apache.hadoop_hadoop-aws-3.5.0.jar", "software.amazon.awssdk_bundle-2.35.4.jar"]
-    jars = [tmp_path / IVY_JARS / name for name in reversed(names)]
+    names = ["delta-spark_4.2_2.13", "delta-storage", "delta-kernel-api"]
+    jars = [tmp_path / IVY_JARS / f"io.delta_{name}-4.4.0.jar" for name in names]
     for jar in jars:
-        assert connectors(["s3a://lake"], tmp_path)[0].fetched() == []
+        assert delta().fetched() == []
         jar.touch()
-    assert connectors(["s3a://lake"], tmp_path)[0].fetched() == jars
+    assert delta().fetched() == jars
 
 
 def test_a_spark_that_has_the_connector_gets_no_other(tmp_path: Path) -> None:

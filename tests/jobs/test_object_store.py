@@ -167,7 +167,7 @@ def test_a_model_is_copied_once_and_again_when_a_file_of_it_has_changed(
 
     with pytest.raises(ModelError, match=r"/e6', where 0 files are, none of them with safetensors weights"):
         resolve_model(EncoderConfig(model=f"{root}/e6"), tmp_path / "cache")
-    with pytest.raises(ModelError, match=r"s3a://absent/e5', and that could not be listed \(.*bucket does not exist"):
+    with pytest.raises(ModelError, match=r"s3a://absent/e5', and that could not be read \(.*bucket does not exist"):
         resolve_model(EncoderConfig(model="s3a://absent/e5"), tmp_path / "cache")
 
 
