@@ -167,8 +167,8 @@ def test_links_and_targets_of_a_page_exist(path: Path) -> None:
     gone += [name for name in mentioned if not (ROOT / name).exists()]
     assert gone == []
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.M))
-    assert set(re.findall(r"(?:`|^)make ([a-z-]+)", page, flags=re.M)) <= targets
+    targets = set(re.findall(r"^([a-z0-9.-]+):", makefile, flags=re.M))
+    assert set(re.findall(r"(?:`|^)make ([a-z0-9.-]*[a-z0-9])", page, flags=re.M)) <= targets
 
 
 def cells_of(path: Path) -> Iterator[dict]:
