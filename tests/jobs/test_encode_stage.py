@@ -95,7 +95,8 @@ def test_a_chunk_that_kills_and_one_that_hangs_become_errors_and_are_tried_again
 def test_a_worker_that_refuses_is_not_isolated(spark: SparkSession, tmp_path: Path) -> None:
     ref = TableRef(str(tmp_path / "table"), None, str(tmp_path / "beside"))
     create_staging(spark, ref)
-    spec = describe_hash(EncoderConfig(model="hash:8"))
+    # A worker checks an encoder once: this one must not have been in use before.
+    spec = describe_hash(EncoderConfig(model="hash:29"))
     moved = Canaries(spec.fingerprint, np.ones((len(canary_texts()), spec.dim), np.float32))
     todo = spark.createDataFrame([(b"h", "text", 0, 0)], "content_hash binary, text string, wave int, slot int")
     steps: list[str] = []
