@@ -106,11 +106,19 @@ class _Sql(SqlParts):
         Of the r rows nearest to the query, r as measured, so many cells hold the share that was asked for. Where k of
         these rows match, they are the k nearest that do, and are in those cells; the smallest such r counts. Where
         fewer do, nothing that was measured says where the others are, and every cell with a match is looked in, which
-        is exact.
+        is exact. Reaches that take more than half of the cells are not tried: exact is as quick then.
         """
         if self.index is None:
             return ""
-        probes = sorted(self.index.made.probes.items())
+        held = (
+            f"SELECT collect_set(t.`cell`) AS `__cells` FROM {self.relation} t CROSS JOIN v "
+            f"WHERE t.`error` IS NULL AND {self._matches}"
+        )
+        made = self.index.made
+        measured = [(rows, cells) for rows, cells in sorted(made.probes.items()) if cells < made.cells]
+        probes = [(rows, cells) for rows, cells in measured if 2 * cells <= made.cells] or measured[:1]
+        if not probes:
+            return f", p AS ({held})"
         reach, most = probes[-1]
         near = f"SELECT {self.nearest_cells('array(v.`__e`)', str(most))} AS `__cells` FROM {ONE} CROSS JOIN v"
         looked_at = self.scored(more=f"{self._matches} AS `__is_match`, v.`__k`", cells="near")
@@ -118,10 +126,6 @@ class _Sql(SqlParts):
         kth = "min(CASE WHEN s.`__so_far` >= s.`__k` THEN s.`__nth` END) AS `__kth`"
         so_far = "sum(int(s.`__is_match`)) OVER (ORDER BY s.`__nth` ROWS UNBOUNDED PRECEDING)"
         seen = f"SELECT {kth} FROM (SELECT s.*, {so_far} AS `__so_far` FROM ({nearest}) s WHERE s.`__nth` <= {reach}) s"
-        held = (
-            f"SELECT collect_set(t.`cell`) AS `__cells` FROM {self.relation} t CROSS JOIN v "
-            f"WHERE t.`error` IS NULL AND {self._matches}"
-        )
         enough = " ".join(f"WHEN s.`__kth` <= {rows} THEN slice(n.`__cells`, 1, {cells})" for rows, cells in probes)
         return (
             f", near AS ({near}), seen AS ({seen}), held AS ({held}), p AS (SELECT CASE {enough} "
