@@ -130,11 +130,11 @@ class SourceConfig(Section):
             yield SettingProblem((("format",), ("schema",)), "it has no effect on this format; remove it")
         if self.options and self.format in ("table", "query"):
             yield SettingProblem((("format",), ("options",)), "they have no effect on this format; remove them")
+        shared = self.database is not None and self.database.partitions > 1
         for option in self.options if self.format == "jdbc" else ():
             if is_secret_name(option) or option.lower() in SETTING_OF_OPTION:
                 advice = "use source.database, which keeps passwords out of the run file and shows one state"
                 yield SettingProblem((("options", option),), advice)
-            shared = self.database is not None and self.database.partitions > 1
             if shared and option.lower() in ("sessioninitstatement", "fetchsize"):
                 advice = "it would part the connections from the state that they share; leave it out, or the partitions"
                 yield SettingProblem((("options", option), ("database", "partitions")), advice)

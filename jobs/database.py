@@ -24,20 +24,24 @@ REPEATABLE_READ = 4
 def read_database(spark: SparkSession, source: SourceConfig, session: str | None = None) -> DataFrame:
     """The rows of `source.table` or `source.query` with the database's column names; nothing is read but their types.
 
-    session: an SQL statement that each connection runs first, as `shared_snapshot` gives it; with partitions it is
-    needed for the range of their column, and without it one connection reads all. Raises ConfigError for a password
-    that is not where the run file says, and whatever Spark says of the database.
+    session: an SQL statement that each of several connections runs first, as `shared_snapshot` gives it; without it
+    one connection reads all. Raises ConfigError for a password that is not where the run file says, and whatever Spark
+    says of the database.
     """
-    database = _database(source)
     what = source.table or f"({source.query}) AS shoal_source"
-    if session is None or database.partition_column is None:
-        return _reader(spark, source, session).option("dbtable", what).load()
-    column = database.partition_column
+    reader = _reader(spark, source, session, what)
+    return (reader if session is None else reader.options(**_shares(spark, source, session, what))).load()
+
+
+def _shares(spark: SparkSession, source: SourceConfig, session: str, what: str) -> dict[str, str]:
+    """Options that share the rows out among the connections, by the range of the column; none for an empty table."""
+    database = _database(source)
+    column = database.partition_column or ""
     ranged = f"(SELECT min({column}) AS low, max({column}) AS high FROM {what}) AS shoal_range"
-    rows = _reader(spark, source, session).option("dbtable", ranged).load()
+    rows = _reader(spark, source, session, ranged).load()
     low, high = rows.collect()[0]
     if low is None:
-        return _reader(spark, source, session).option("dbtable", what).load()
+        return {}
     if isinstance(rows.schema["low"].dataType, T.NumericType):
         try:
             low, high = math.floor(low), math.floor(high) + 1
@@ -46,8 +50,8 @@ def read_database(spark: SparkSession, source: SourceConfig, session: str | None
                 f"source.database.partition_column '{column}' reaches from {low} to {high}, which cannot be shared "
                 "out; choose one without NaN and infinity"
             ) from error
-    reader = _reader(spark, source, session).option("dbtable", what).option("partitionColumn", column)
-    return reader.options(lowerBound=str(low), upperBound=str(high), numPartitions=database.partitions).load()
+    bounds = {"lowerBound": str(low), "upperBound": str(high)}
+    return {"partitionColumn": column, "numPartitions": str(database.partitions), **bounds}
 
 
 @contextmanager
@@ -84,8 +88,8 @@ def _connect(spark: SparkSession, source: SourceConfig) -> Any:
     return dialect.createConnectionFactory(options).apply(-1)
 
 
-def _reader(spark: SparkSession, source: SourceConfig, session: str | None) -> DataFrameReader:
-    reader = spark.read.format("jdbc").options(**_options(source))
+def _reader(spark: SparkSession, source: SourceConfig, session: str | None, what: str) -> DataFrameReader:
+    reader = spark.read.format("jdbc").options(**_options(source)).option("dbtable", what)
     return reader if session is None else reader.option("sessionInitStatement", session)
 
 

@@ -3,7 +3,6 @@
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from threading import Lock
 from weakref import WeakKeyDictionary
@@ -11,7 +10,7 @@ from weakref import WeakKeyDictionary
 from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
-from shoal.jobs.model_source import CODE_FILES, HUB_FILES, HUB_LEFT_OUT
+from shoal.jobs.model_source import CODE_FILES, HUB_FILES, HUB_LEFT_OUT, is_among
 from shoal.jobs.session import is_local
 from shoal.udfs.chunking import TOKENIZER_FILE
 from shoal.udfs.encoder_spec import EncoderSpec
@@ -61,5 +60,5 @@ def _pack(folder: Path, file: Path, wanted: Sequence[str], left_out: Sequence[st
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if any(fnmatch(name, each) for each in wanted) and not any(fnmatch(name, each) for each in left_out):
+            if is_among(name, wanted, left_out):
                 archive.write(path, name)

@@ -5,7 +5,7 @@ import importlib.metadata
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -97,7 +97,7 @@ def _from_store(config: EncoderConfig, cache_folder: Path) -> ResolvedModel:
 def _copied(config: EncoderConfig, cache_folder: Path) -> ResolvedModel:
     files = FileSystem(running_session(), config.model)
     found = files.stamps(config.model)
-    wanted = {name: stamp for name, stamp in found.items() if is_wanted(name, remote_code=config.trust_remote_code)}
+    wanted = {name: stamp for name, stamp in found.items() if is_among(name, _files_of(config), HUB_LEFT_OUT)}
     if not any(name.endswith(".safetensors") for name in wanted):
         raise ModelError(
             f"encoder.model is {config.model!r}, where {len(found)} files are, none of them with safetensors weights; "
@@ -115,10 +115,14 @@ def _copied(config: EncoderConfig, cache_folder: Path) -> ResolvedModel:
     return ResolvedModel(str(folder), config.model, None)
 
 
-def is_wanted(name: str, *, remote_code: bool) -> bool:
-    """Whether a file of a checkpoint, by its path in there, is one that an encoder reads."""
-    patterns = (*HUB_FILES, *(CODE_FILES if remote_code else ()))
-    return any(fnmatch(name, each) for each in patterns) and not any(fnmatch(name, each) for each in HUB_LEFT_OUT)
+def _files_of(config: EncoderConfig) -> list[str]:
+    """What an encoder reads of a checkpoint."""
+    return [*HUB_FILES, *(CODE_FILES if config.trust_remote_code else ())]
+
+
+def is_among(name: str, wanted: Iterable[str], left_out: Iterable[str]) -> bool:
+    """Whether a file, by its path in a checkpoint, fits one of the patterns wanted, and none of those left out."""
+    return any(fnmatch(name, each) for each in wanted) and not any(fnmatch(name, each) for each in left_out)
 
 
 def _from_package(config: EncoderConfig) -> ResolvedModel:
@@ -187,7 +191,7 @@ def _from_hub(config: EncoderConfig) -> ResolvedModel:
         folder = snapshot_download(
             config.model,
             revision=config.revision,
-            allow_patterns=[*HUB_FILES, *(CODE_FILES if config.trust_remote_code else ())],
+            allow_patterns=_files_of(config),
             ignore_patterns=list(HUB_LEFT_OUT),
         )
     except LocalEntryNotFoundError as error:

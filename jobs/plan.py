@@ -94,8 +94,8 @@ def _reads(spark: SparkSession, source: SourceRows, published: Published | None,
     leaves = source.rows._jdf.queryExecution().optimizedPlan().collectLeaves()
     sizes = [int(leaves.apply(index).stats().sizeInBytes()) for index in range(leaves.size())]
     # Of a database Spark knows no size, and takes the largest number that there is for it.
-    sizes = [size for size in sizes if size < UNKNOWN_BYTES]
-    found = {"source_bytes": sum(sizes), "table_files": 0, "merge_files": 0, "merge_bytes": 0}
+    known = sum(sizes) if max(sizes, default=0) < UNKNOWN_BYTES else None
+    found: dict[str, Any] = {"source_bytes": known, "table_files": 0, "merge_files": 0, "merge_bytes": 0}
     if published is not None:
         found["table_files"] = size_of(spark, published.ref.sql).files
     if published is not None and rows.replace is None:
@@ -138,7 +138,7 @@ def _migration(
 
 def _told(found: dict[str, Any]) -> str:
     reads = found["reads"]
-    whole = f"the source, {human(reads['source_bytes'])}"
+    whole = "the source" if reads["source_bytes"] is None else f"the source, {human(reads['source_bytes'])}"
     source = "the change feed of the source" if found["difference"].startswith("feed") else whole
     if not found["publish"].startswith("one MERGE"):
         return source

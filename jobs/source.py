@@ -85,7 +85,9 @@ def as_one_state(
         return found
     try:
         with shared_snapshot(spark, config.source) as session:
-            once = read_source(spark, config.source, config.chunk, limit=limit, session=session)
+            once = found
+            if session is not None:
+                once = read_source(spark, config.source, config.chunk, limit=limit, session=session)
             once.rows.write.parquet(folder)
     except (PySparkException, Py4JJavaError) as error:
         raise full_disk(error) or RunError(

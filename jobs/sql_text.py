@@ -123,9 +123,8 @@ class _Sql(SqlParts):
         near = f"SELECT {self.nearest_cells('array(v.`__e`)', str(most))} AS `__cells` FROM {ONE} CROSS JOIN v"
         looked_at = self.scored(more=f"{self._matches} AS `__is_match`, v.`__k`", cells="near")
         nearest = f"SELECT s.*, row_number() OVER (ORDER BY s.`__score` DESC) AS `__nth` FROM ({looked_at}) s"
-        kth = "min(CASE WHEN s.`__so_far` >= s.`__k` THEN s.`__nth` END) AS `__kth`"
-        so_far = "sum(int(s.`__is_match`)) OVER (ORDER BY s.`__nth` ROWS UNBOUNDED PRECEDING)"
-        seen = f"SELECT {kth} FROM (SELECT s.*, {so_far} AS `__so_far` FROM ({nearest}) s WHERE s.`__nth` <= {reach}) s"
+        kth = "get(array_sort(collect_list(s.`__nth`) FILTER (WHERE s.`__is_match`)), max(s.`__k`) - 1) AS `__kth`"
+        seen = f"SELECT {kth} FROM ({nearest}) s WHERE s.`__nth` <= {reach}"
         enough = " ".join(f"WHEN s.`__kth` <= {rows} THEN slice(n.`__cells`, 1, {cells})" for rows, cells in probes)
         return (
             f", near AS ({near}), seen AS ({seen}), held AS ({held}), p AS (SELECT CASE {enough} "

@@ -18,6 +18,7 @@ from shoal.conf.source import SourceConfig
 from shoal.jobs.database import read_database, shared_snapshot
 from shoal.jobs.embed import embed
 from shoal.jobs.hooks import Hooks
+from shoal.jobs.plan import lines as plan_lines
 from shoal.jobs.plan import plan
 from shoal.jobs.source import read_source
 
@@ -111,7 +112,9 @@ def test_nights_follow_a_table_of_a_database(
     file = run_file(source=source("articles") | {"columns": ["lang", "price", "seen"]})
     report = embed(spark, load_run(file), hooks=Hooks()).public()
     assert (report["rows"]["new"], report["chunks"]["encoded"], report["chunks"]["errors"]) == (41, 40, 1)
-    assert plan(spark, load_run(file))["rows"]["unchanged"] == 41
+    planned = plan(spark, load_run(file))
+    assert (planned["rows"]["unchanged"], planned["reads"]["source_bytes"]) == (41, None)
+    assert any("the source" in line and "TB" not in line for line in plan_lines(planned))
 
     database.run(
         "UPDATE articles SET body = 'another' WHERE body = 'article 7'; DELETE FROM articles WHERE lang = 'en'"

@@ -25,6 +25,7 @@ from shoal.conf.run import EncoderConfig
 from shoal.jobs.embed import embed
 from shoal.jobs.filesystem import CONDITIONAL, FileSystem
 from shoal.jobs.hooks import Hooks
+from shoal.jobs.layout import table_named
 from shoal.jobs.lease import held
 from shoal.jobs.model_source import resolve_model
 from shoal.jobs.restore import Wanted, restore
@@ -191,8 +192,10 @@ def test_nights_are_published_to_a_store_and_taken_back(
     restore(spark, table, Wanted(to=0), say=lambda _: None)
     rows = {row["id"]: row["text"] for row in spark.read.format("delta").load(table).collect()}
     assert rows == {"a": "one text", "b": "two texts", "c": "three texts"}
-    left = [key for key in objects(store) if key.startswith(f"{root.removeprefix(f's3a://{BUCKET}/')}/out/docs__shoal")]
-    assert not [key for key in left if "/lease.json" in key or ("/work/" in key and not key.endswith("/"))]
+    ref = table_named(spark, table)
+    sidecar = FileSystem(spark, ref.sidecar)
+    assert sidecar.stamps(ref.work) == {}
+    assert sidecar.read(ref.lease) is None
 
 
 def test_addresses_that_lead_nowhere_are_told_apart(
