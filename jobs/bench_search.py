@@ -40,6 +40,7 @@ from shoal.jobs.thrift import Endpoint, session_settings, thrift_server
 
 K = 10
 QUERIES = 10
+BATCH, BATCH_ROUNDS = 1000, 3
 WARM_ROUNDS = 5
 """Rounds of searches by the index, each of other queries: they are short, and Java goes on compiling what they run."""
 
@@ -104,6 +105,7 @@ class _Bench:
             "index": made,
             "index_seconds": round(seconds, 2),
             "forms": [*before, *self._indexed(), library],
+            "batches": [self._batch(None), self._batch(made["probes"][K])],
             "filters": [self._filtered(f"{kind}{share}") for kind in "uc" for share in PER_MILLE if filters],
             "nights": num_nights,
             "after_nights": [],
@@ -124,6 +126,29 @@ class _Bench:
             self._form("index", f"SELECT id FROM {NAME}_search('{{q}}', {K})", times=WARM_ROUNDS),
             self._form("index, all cells", f"SELECT id FROM {NAME}_search('{{q}}', {K}, {cells.cells})"),
         ]
+
+    def _batch(self, probes: int | None) -> dict[str, Any]:
+        """BATCH vectors at once, in the session; the median of BATCH_ROUNDS, and the recall of the first QUERIES."""
+        few = f"FROM delta.`{self.table.path}` WHERE id < "
+        asked = f"(SELECT collect_list(struct(id, embedding)) {few}{BATCH})"
+        cells = "" if probes is None else f", probes => {probes}"
+        took, found = [], []
+        for _ in range(BATCH_ROUNDS):
+            began = time.monotonic()
+            found = self.spark.sql(f"SELECT query_id, id FROM {NAME}_join({asked}, {K}{cells})").collect()
+            took.append(time.monotonic() - began)
+        first = self.spark.sql(f"SELECT id, embedding {few}{QUERIES} ORDER BY id").collect()
+        vectors_QD = np.array([row["embedding"] for row in first], dtype=np.float32)
+        true = nearest(self.table.published().rows(self.spark), ["id"], vectors_QD, K)
+        hits = sum(
+            len({row["id"] for row in found if row["query_id"] == str(n)} & {row["id"] for row in wanted})
+            for n, wanted in enumerate(true)
+        )
+        seconds, recall = round(statistics.median(took), 3), round(hits / (K * QUERIES), 4)
+        name = "batch, all cells" if probes is None else "batch, index"
+        pairs = BATCH * self.table.rows
+        self.say(f"{name}: {BATCH} vectors in {seconds:.3f} s, recall {recall:.3f}")
+        return {"form": name, "vectors": BATCH, "seconds": seconds, "recall": recall, "pairs": pairs}
 
     def _filtered(self, column: str) -> dict[str, Any]:
         by_index = f"SELECT id FROM {NAME}_match('{{q}}', map('{column}', '1'), {K})"
@@ -241,6 +266,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{'':24} seconds  recall",
         *[_line(form) for form in found["forms"]],
     ]
+    told.append(f"{BATCH:,} vectors at once, together")
+    told += [_line(form) for form in found["batches"]]
     if found["filters"]:
         told.append(f"{'':24} seconds  recall   exact")
         told += [f"{_line(form)} {form['exact_seconds']:7.3f}" for form in found["filters"]]

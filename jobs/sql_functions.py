@@ -22,12 +22,14 @@ from shoal.jobs.model_files import send_model
 from shoal.jobs.model_source import resolve_model
 from shoal.jobs.prepare import model_cache
 from shoal.jobs.served_table import ServedTable, has_been_moved, has_moved, read_served
+from shoal.jobs.sql_join import NEAR
 from shoal.jobs.sql_lexical import TERMS_OF
 from shoal.jobs.sql_parts import CELLS, EMBED, require_vector_functions
 from shoal.jobs.sql_rerank import MMR, RERANK
 from shoal.jobs.sql_text import statements
 from shoal.udfs.cells_udf import cells_udf
 from shoal.udfs.mmr_udf import mmr_udf
+from shoal.udfs.near_udf import near_udf
 from shoal.udfs.query_udf import QueryEncoder, query_udf
 from shoal.udfs.rerank_udf import rerank_udf
 from shoal.udfs.terms_udf import query_terms_udf
@@ -58,7 +60,7 @@ class Functions:
         Raises ConfigError on a Spark without vector functions, DestinationError when one of the tables is not there.
         """
         require_vector_functions(self.spark)
-        for name, udf in ((TERMS_OF, query_terms_udf()), (RERANK, rerank_udf()), (MMR, mmr_udf())):
+        for name, udf in ((TERMS_OF, query_terms_udf()), (RERANK, rerank_udf()), (MMR, mmr_udf()), (NEAR, near_udf())):
             self.spark.udf.register(name, udf)
         for name, table in self.tables.items():
             self._serve(read_served(self.spark, name, table))

@@ -33,6 +33,9 @@ join, and a query is encoded once.
 
 MIN_POWER = 0.5
 
+# The largest float32: what is beyond it would turn into infinity on the way into a vector.
+MAX_FLOAT = "3.4028234663852886E38D"
+
 Parameter = tuple[str, str, str, int | float | str | None]
 """Name, type, meaning, default; None for a parameter that has to be given."""
 
@@ -177,14 +180,16 @@ class SqlParts:
         failing = f"SELECT {refuse(name, told)} IS NULL AS `__ok`"
         return f"SELECT {nothing}, CAST(NULL AS FLOAT) FROM ({failing}) s WHERE s.`__ok`"
 
-    def function(self, name: str, parameters: Sequence[Parameter], about: str, body: str) -> str:
-        """The statement that makes a function; the columns of `body` are those of `columns`, then the score."""
+    def function(
+        self, name: str, parameters: Sequence[Parameter], about: str, body: str, first: Sequence[Column] = ()
+    ) -> str:
+        """The statement that makes a function; the columns of `body` are `first`, those of `columns`, and the score."""
         defaults = [f" DEFAULT {default}" if default is not None else "" for _, _, _, default in parameters]
         given = ", ".join(
             f"{quoted(parameter)} {kind}{default} COMMENT {literal(meaning)}"
             for (parameter, kind, meaning, _), default in zip(parameters, defaults, strict=True)
         )
-        columns = [*self.columns, Column(self.score, "FLOAT")]
+        columns = [*first, *self.columns, Column(self.score, "FLOAT")]
         returned = ", ".join(f"{quoted(column.name)} {column.type}" for column in columns)
         made = f"TEMPORARY FUNCTION {quoted(name)}"
         if self.schema is not None:
@@ -224,6 +229,11 @@ def checked_query(name: str) -> str:
     query = f"make_valid_utf8({quoted(name)}.`query`)"
     blank = refuse(name, "the query is NULL or blank; write what to look for")
     return f"CASE WHEN coalesce({query} RLIKE r'\\S', false) THEN {query} ELSE {blank} END"
+
+
+def wrong_number(x: str) -> str:
+    """Whether an element of a vector is none that a float can hold."""
+    return f"{x} IS NULL OR isnan({x}) OR abs({x}) > {MAX_FLOAT}"
 
 
 def in_range(value: str, low: float, high: float, refused: str) -> str:

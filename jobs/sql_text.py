@@ -6,17 +6,28 @@ encoder.
 
 from shoal.jobs.hashing import quoted
 from shoal.jobs.served_table import Column, ServedTable
+from shoal.jobs.sql_join import join
 from shoal.jobs.sql_lexical import bm25, hybrid
-from shoal.jobs.sql_parts import CODE, ONE, SqlParts, checked_k, k_parameter, literal, query_parameter, refuse
+from shoal.jobs.sql_parts import (
+    CODE,
+    ONE,
+    SqlParts,
+    checked_k,
+    k_parameter,
+    literal,
+    query_parameter,
+    refuse,
+    wrong_number,
+)
 from shoal.jobs.sql_rerank import mmr, rerank
 
-# The largest float32: what is beyond it would turn into infinity on the way into a vector.
-MAX_FLOAT = "3.4028234663852886E38D"
+MATCH_BYTES = 2**28
+"""A table with fewer bytes of vectors is read whole for `match`: looking for the right cells takes as long."""
 
 
 def names_of(served: ServedTable) -> list[str]:
     """The functions of one table, `shoal_embed` left out."""
-    kinds = ("search", "match", "search_vector", "similar", "best", "scores", "bm25", "hybrid", "rerank", "mmr")
+    kinds = ("search", "match", "search_vector", "similar", "best", "scores", "bm25", "hybrid", "rerank", "mmr", "join")
     return [f"{served.name}_{kind}" for kind in kinds]
 
 
@@ -37,6 +48,7 @@ def statements(served: ServedTable, reranker: str | None = None) -> list[str]:
         hybrid(sql),
         rerank(sql, reranker),
         mmr(sql),
+        join(sql),
     ]
 
 
@@ -78,11 +90,17 @@ class _Sql(SqlParts):
         )
         nothing = refuse(name, "match is NULL; give a map of columns and values, or use search")
         checked = f"CASE WHEN {given} IS NULL THEN {nothing} WHEN size({unknown}) > 0 THEN {told} ELSE true END"
+        scored = self.scored(where=self._matches, exact=not self._has_many)
         v = self.query_vector(
             name, more=f", {given} AS `__match`, {quoted(name)}.`k` AS `__k`", check=checked, cells=False
         )
-        body = f"WITH {v}{self._cells_with_matches()} {self.best_k(name, self.scored(where=self._matches))}"
+        body = f"WITH {v}{self._cells_with_matches()} {self.best_k(name, scored)}"
         return self.function(name, [query_parameter(), match, k_parameter()], about, body)
+
+    @property
+    def _has_many(self) -> bool:
+        """Whether it pays to look for the cells in which rows match."""
+        return self.index is not None and self.index.made.rows * self.served.dim * 4 >= MATCH_BYTES
 
     @property
     def _matchable(self) -> list[Column]:
@@ -108,7 +126,7 @@ class _Sql(SqlParts):
         fewer do, nothing that was measured says where the others are, and every cell with a match is looked in, which
         is exact. Reaches that take more than half of the cells are not tried: exact is as quick then.
         """
-        if self.index is None:
+        if self.index is None or not self._has_many:
             return ""
         held = (
             f"SELECT collect_set(t.`cell`) AS `__cells` FROM {self.relation} t CROSS JOIN v "
@@ -204,7 +222,7 @@ class _Sql(SqlParts):
         return (
             f"CASE WHEN {vector} IS NULL THEN {refuse(name, 'the vector is NULL; give an array of numbers')} "
             f"WHEN size({vector}) <> {dim} THEN {width} "
-            f"WHEN exists({vector}, x -> x IS NULL OR isnan(x) OR abs(x) > {MAX_FLOAT}) "
+            f"WHEN exists({vector}, x -> {wrong_number('x')}) "
             f"THEN {refuse(name, 'the vector has elements that are NULL or not finite; give numbers')} "
             f"ELSE CAST({vector} AS ARRAY<FLOAT>) END"
         )

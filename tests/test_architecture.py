@@ -32,7 +32,13 @@ ALLOWED = {
 HEAVY = ("matplotlib", "openvino", "sentence_transformers", "sklearn", "torch", "transformers")
 
 # All that a Spark adapter may know of Spark: never a session.
-OF_SPARK = ("pyspark.SparkFiles", "pyspark.TaskContext", "pyspark.sql.types", "pyspark.sql.functions.pandas_udf")
+OF_SPARK = (
+    "pyspark.SparkFiles",
+    "pyspark.TaskContext",
+    "pyspark.sql.types",
+    "pyspark.sql.functions.arrow_udf",
+    "pyspark.sql.functions.pandas_udf",
+)
 ADAPTERS = ("*_udf.py", "sent_model.py")
 
 # One verb each. What two of them share has a module of its own; only three put verbs together: the command line calls

@@ -17,6 +17,7 @@ from pyspark.sql import functions as F
 
 from shoal.conf.errors import ConfigError, RefusedError
 from shoal.conf.loader import load_run
+from shoal.jobs import sql_join, sql_text
 from shoal.jobs.audit import audit
 from shoal.jobs.bookkeeping import Bookkeeper
 from shoal.jobs.cells import CELL, FRESH, Index, cell_sizes, number_of_cells, read_build
@@ -336,7 +337,10 @@ def test_a_fold_that_was_killed_is_written_down_and_the_next_goes_on(
     assert night(spark, folder, [*range(ROWS), 1000]).status == "unchanged"
 
 
-def test_a_match_looks_in_cells_until_they_hold_enough_rows_that_match(spark: SparkSession, folder: Path) -> None:
+def test_a_match_looks_in_cells_until_they_hold_enough_rows_that_match(
+    spark: SparkSession, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql_text, "MATCH_BYTES", 0)
     ref = ref_of(spark, folder)
     night(spark, folder, [*range(ROWS), 1000, 1001])
     install(spark, {"docs": str(ref)})
@@ -355,12 +359,51 @@ def test_a_match_looks_in_cells_until_they_hold_enough_rows_that_match(spark: Sp
     assert files == CELLS + 1
     assert [row["id"] for row in matched("map('id', '8')", 3)[0]] == [8]
     assert matched("map('lang', 'fr')", 3)[0] == []
+    monkeypatch.setattr(sql_text, "MATCH_BYTES", 2**40)
+    install(spark, {"docs": str(ref)})
+    assert hits(matched("map('lang', 'de')", 3)[0]) == hits(in_order[:3])
     for call in ("docs_match('x', NULL)", "docs_search(NULL, 3)", "docs_best('x', 0)", "docs_similar(NULL)"):
         with pytest.raises((PySparkException, Py4JJavaError), match="QUERY_INVALID"):
             spark.sql(f"SELECT count(*) FROM {call}").collect()
 
 
-def test_a_query_is_encoded_once_with_an_index_too(spark: SparkSession, built: Path) -> None:
+def test_a_batch_looks_at_all_cells_or_for_each_vector_in_the_nearest(
+    spark: SparkSession, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql_join, "BLOCK_NUMBERS", 64 * DIM)  # four blocks of either side
+    ref = ref_of(spark, folder)
+    night(spark, folder, [*range(ROWS), 1000, 1001])
+    install(spark, {"docs": str(ref)})
+    rows = spark.sql(f"SELECT id, cell, embedding FROM {ref.sql} WHERE embedding IS NOT NULL ORDER BY id").collect()
+    ids, cells = np.array([row["id"] for row in rows]), np.array([row["cell"] for row in rows])
+    vectors_ND = np.array([row["embedding"] for row in rows], dtype=np.float32)
+
+    def joined(more: str) -> dict[int, list[int]]:
+        queries = f"(SELECT collect_list(struct(id, embedding)) FROM {ref.sql} WHERE embedding IS NOT NULL)"
+        found = spark.sql(f"SELECT * FROM docs_join({queries}, {more})").collect()
+        ranked = sorted(found, key=lambda row: (-row["score"], row["id"]))
+        return {int(n): [row["id"] for row in ranked if row["query_id"] == str(n)] for n in ids}
+
+    def true(looked_in_NN: np.ndarray[Any, Any]) -> dict[int, list[int]]:
+        scores_NN = (vectors_ND.astype(np.float64) @ vectors_ND.T.astype(np.float64)).astype(np.float32)
+        order_NN = np.lexsort((np.tile(ids, (len(ids), 1)), -np.where(looked_in_NN, scores_NN, -np.inf)))
+        return {
+            int(n): ids[[place for place in order_N if looked_in_N[place]][:3]].tolist()
+            for n, order_N, looked_in_N in zip(ids, order_NN, looked_in_NN, strict=True)
+        }
+
+    assert joined("3") == joined(f"3, probes => {CELLS}") == true(np.ones((len(ids), len(ids)), dtype=np.bool_))
+    made = table_of_ours(spark, str(ref)).index
+    centroids_CD = made and read_build(spark, ref, made.build)
+    assert centroids_CD is not None
+    nearest_N = (vectors_ND @ centroids_CD.T).argmax(axis=1)
+    assert joined("3, probes => 1") == true((cells == FRESH) | (cells == nearest_N[:, None]))
+
+
+def test_a_query_is_encoded_once_with_an_index_too(
+    spark: SparkSession, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql_text, "MATCH_BYTES", 0)
     functions = install(spark, {"docs": str(ref_of(spark, built))})
     counted, known = spark.sparkContext.accumulator(0), dict(_ENCODERS[spark])
 

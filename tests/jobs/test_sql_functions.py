@@ -128,6 +128,28 @@ def test_a_vector_of_any_number_type_searches_too(spark: SparkSession, docs: Fun
     require_hits(by_function, expected("red fish")[:3])
 
 
+def test_a_batch_gives_the_k_best_of_every_vector_with_its_id(spark: SparkSession, docs: Functions) -> None:
+    texts = {"a": "red fish", "b": "one fish", "it's": "red fish"}
+    queries = ", ".join(f'struct("{name}", shoal_embed("docs", "{text}"))' for name, text in texts.items())
+    for more, kept, least in (("4", 4, -9), ("4, 0.2", 4, 0.2), ("k => 100", 100, -9)):
+        rows = spark.sql(f"SELECT * FROM docs_join(array({queries}), {more})").collect()
+        columns = ["query_id", "query", "k", "chunk_index", "text", "score", "shoal_score"]
+        assert all(row.__fields__ == columns for row in rows)
+        for name, text in texts.items():
+            wanted = [hit for hit in expected(text)[:kept] if hit[1] >= least]
+            found = [row for row in rows if row["query_id"] == name]
+            require_hits(sorted(found, key=lambda row: (-row["shoal_score"], row["query"])), wanted)
+    itself = spark.sql(
+        f"SELECT * FROM docs_join((SELECT collect_list(struct(query, embedding)) FROM {docs.served['docs'].relation} "
+        "WHERE embedding IS NOT NULL), 1)"
+    ).collect()
+    # Rows 0 and 4 have the same text: the first of them is the nearest to both.
+    assert {row["query_id"]: row["query"] for row in itself} == {
+        str(n): BODIES.index(body) for n, body in enumerate(BODIES) if body is not None
+    }
+    assert spark.sql("SELECT * FROM docs_join(array(), 3)").collect() == []
+
+
 def test_rows_similar_to_a_row_leave_it_out(spark: SparkSession, docs: Functions) -> None:
     rows = spark.sql("SELECT * FROM docs_similar(0, 'a', 3)").collect()
 
@@ -200,6 +222,18 @@ def test_a_query_is_encoded_once_in_every_form(spark: SparkSession, docs: Functi
         ("docs_search_vector(array(1, 2, 3, 4, 5, 6, 7, double('NaN')), 3)", "elements that are NULL or not finite"),
         ("docs_search_vector(array(1, 2, 3, 4, 5, 6, 7, 1e39), 3)", "elements that are NULL or not finite"),
         ("docs_similar(NULL, 'a', 3)", "docs_similar: the key is NULL"),
+        ("docs_join(NULL, 3)", "docs_join: queries are NULL"),
+        ("docs_join(array(), 0)", "docs_join: k is NULL or below 1"),
+        ("docs_join(array(), 1, double('NaN'))", "docs_join: threshold is not finite"),
+        ("docs_join(array(struct('a', NULL)), 3)", "docs_join: the vector of a is NULL; leave it out"),
+        (
+            "docs_join(array(struct('a', array(1, 2))), 3)",
+            "the vector of a has 2 elements and those of the table have 8",
+        ),
+        (
+            "docs_join(array(struct(NULL, array(1, 2, 3, 4, 5, 6, 7, NULL))), 3)",
+            "the vector has elements that are NULL",
+        ),
         ("docs_similar(0, 'b', 3)", "no row of table docs with a vector has the key 0, b"),
         ("docs_similar(6, 'a', 3)", "no row of table docs with a vector has the key 6, a"),
         ("(SELECT shoal_embed('docs', NULL))", "the text for 'docs' is NULL"),
@@ -220,7 +254,8 @@ def test_what_cannot_be_searched_is_an_error_with_its_code_and_never_no_rows(
 
 def test_functions_say_what_they_do(spark: SparkSession, docs: Functions) -> None:
     for suffix, word in (("search", "docs_scores"), ("search_vector", "8 numbers"), ("similar", "other rows"),
-                         ("best", "one chunk per row"), ("match", "among those"), ("scores", "LIMIT k")):  # fmt: skip
+                         ("best", "one chunk per row"), ("match", "among those"), ("scores", "LIMIT k"),
+                         ("join", "many vectors")):  # fmt: skip
         told = "\n".join(row[0] for row in spark.sql(f"DESCRIBE FUNCTION EXTENDED docs_{suffix}").collect())
         assert word in told, suffix
 

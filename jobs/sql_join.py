@@ -1,0 +1,104 @@
+"""The SQL function that searches for many vectors at once, `docs_join`: blocks of both sides as matrix products."""
+
+from shoal.jobs.cells import FRESH
+from shoal.jobs.hashing import quoted
+from shoal.jobs.served_table import Column
+from shoal.jobs.sql_parts import CODE, ONE, SqlParts, checked_k, k_parameter, literal, refuse, wrong_number
+
+NEAR = "shoal_near"
+
+BLOCK_NUMBERS = 2**21
+"""A block has at most so many numbers (8 MB of float32), and between 64 and 4,096 vectors."""
+
+
+def join(sql: SqlParts) -> str:
+    """The statement of the function: for every vector of an array of ids and vectors its k nearest chunks."""
+    name, dim = f"{sql.served.name}_join", sql.served.dim
+    about = (
+        f"For each of many vectors, given with ids, the k chunks of table {sql.served.name} nearest to it, in no "
+        "order. Exact; with `probes` each vector looks in so many cells of the index."
+    )
+    queries = ("queries", "ARRAY<STRUCT<id STRING, vector ARRAY<DOUBLE>>>", "ids and vectors to look for", None)
+    at_least = ("threshold", "DOUBLE", "only pairs with at least this score; unset: all", "NULL")
+    probes = ("probes", "INT", "cells of the index to look in for each vector; unset: all", "NULL")
+    taken = {column.name.lower() for column in sql.columns}
+    query_id = Column("query_id" if "query_id" not in taken else "shoal_query_id", "STRING")
+
+    threshold = f"{quoted(name)}.`threshold`"
+    size = max(6, min(12, (BLOCK_NUMBERS // dim).bit_length() - 1))
+    asked = f"{quoted(name)}.`probes`"
+    cell, looked_in = str(FRESH), f"array({FRESH})"
+    if sql.index is not None:
+        near = sql.nearest_cells("array(q.`__vector`)", f"greatest({asked}, 1)")
+        cell = f"CASE WHEN {asked} IS NULL THEN {FRESH} ELSE coalesce(t.`cell`, {FRESH}) END"
+        looked_in = f"CASE WHEN {asked} IS NULL THEN array({FRESH}) ELSE array_append({near}, {FRESH}) END"
+    key = ", ".join(f"t.{quoted(column.name)}" for column in [*sql.served.keys, Column("chunk_index", "INT")])
+    in_order = "(a, b) -> CASE WHEN a.`key` < b.`key` THEN -1 WHEN a.`key` > b.`key` THEN 1 ELSE 0 END"
+    parts = {
+        # The argument stands here alone: it may be an array of many megabytes, and each place would get its own.
+        "g": f"SELECT posexplode({_given(name, threshold)}) AS (`__at`, `__query`) FROM {ONE}",
+        "q": f"SELECT g.`__at`, g.`__query`.`id` AS `__id`, {_checked(name, dim)} AS `__vector` FROM g",
+        "c": f"SELECT q.*, {looked_in} AS `__cells` FROM q",
+        "e": "SELECT c.`__at`, c.`__id`, c.`__vector`, explode(c.`__cells`) AS `__cell` FROM c",
+        "a": (
+            "SELECT e.`__cell`, collect_list(struct(e.`__at` AS `at`, e.`__id` AS `id`, "
+            f"e.`__vector` AS `vector`)) AS `__left` FROM e GROUP BY e.`__cell`, shiftright(e.`__at`, {size})"
+        ),
+        # Rows that were read one after another are a block; whatever order they come in, each is in one.
+        "t": (
+            f"SELECT {cell} AS `__cell`, shiftright(monotonically_increasing_id(), {size}) AS `__block`, "
+            f"struct(struct({key}) AS `key`, struct({sql.carried}) AS `row`, t.`embedding` AS `vector`) AS `__row` "
+            f"FROM {sql.relation} t WHERE t.`embedding` IS NOT NULL"
+        ),
+        "b": (
+            f"SELECT t.`__cell`, array_sort(collect_list(t.`__row`), {in_order}) AS `__right` FROM t "
+            "GROUP BY t.`__cell`, t.`__block`"
+        ),
+        "n": (
+            f"SELECT /*+ BROADCAST(a) */ a.`__left`, b.`__right`, {NEAR}(a.`__left`.`vector`, b.`__right`.`vector`, "
+            f"{quoted(name)}.`k`, {threshold}) AS `__near` FROM b JOIN a ON a.`__cell` = b.`__cell`"
+        ),
+        # Taken out of the blocks before there are rows: a row would carry both blocks along.
+        "p": (
+            "SELECT inline(transform(n.`__near`, x -> struct(n.`__left`[x.`left`].`at` AS `__at`, n.`__left`[x.`left`]"
+            ".`id` AS `__id`, n.`__right`[x.`right`].`row` AS `__row`, x.`score` AS `__score`))) FROM n"
+        ),
+        "s": "SELECT p.`__at`, p.`__id`, p.`__row`.*, p.`__score` FROM p",
+        "r": f"SELECT s.*, row_number() OVER (PARTITION BY s.`__at` ORDER BY {sql.order}) AS `__nth` FROM s",
+    }
+    with_parts = ", ".join(f"{part} AS ({text})" for part, text in parts.items())
+    body = (
+        f"WITH {with_parts} SELECT s.`__id`, {sql.named}, s.`__score` FROM r s "
+        f"WHERE s.`__nth` <= greatest({quoted(name)}.`k`, 1)"
+    )
+    return sql.function(name, [queries, k_parameter(), at_least, probes], about, body, first=[query_id])
+
+
+def _given(name: str, threshold: str) -> str:
+    """The queries, or the failure of the query for what is wrong with the arguments beside their vectors."""
+    finite = f"NOT isnan({threshold}) AND abs({threshold}) < double('infinity')"
+    told = refuse(name, "threshold is not finite; give a number, or leave it out")
+    nothing = refuse(name, "queries are NULL; give an array of ids and vectors")
+    return (
+        f"CASE WHEN NOT ({checked_k(name)}) THEN NULL WHEN NOT coalesce({finite}, true) THEN {told} "
+        f"ELSE coalesce({quoted(name)}.`queries`, {nothing}) END"
+    )
+
+
+def _checked(name: str, dim: int) -> str:
+    """The vector of one query as the table's are, or the failure of the query."""
+    vector = "g.`__query`.`vector`"
+
+    def told(*parts: str) -> str:
+        """`parts` are expressions."""
+        which = "coalesce(concat(' of ', g.`__query`.`id`), '')"
+        return f"raise_error(concat({', '.join([literal(f'[{CODE}] {name}: the vector'), which, *parts])}))"
+
+    nothing = told(literal(" is NULL; leave it out (WHERE embedding IS NOT NULL)"))
+    wrong = told(literal(" has elements that are NULL or not finite; give numbers"))
+    advice = f" elements and those of the table have {dim}; encode it with the encoder of the table"
+    width = told(literal(" has "), f"CAST(size({vector}) AS STRING)", literal(advice))
+    return (
+        f"CASE WHEN {vector} IS NULL THEN {nothing} WHEN size({vector}) <> {dim} THEN {width} "
+        f"WHEN exists({vector}, x -> {wrong_number('x')}) THEN {wrong} ELSE CAST({vector} AS ARRAY<FLOAT>) END"
+    )
