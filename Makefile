@@ -20,6 +20,7 @@ JAVA ?= $(if $(JAVA_HOME),$(JAVA_HOME)/bin/java,java)
 INSTALLED := $(VENV)/.installed
 JARS := $(VENV)/.jars
 STORES := $(VENV)/.stores
+SCHEDULERS := $(VENV)/schedulers/.installed
 EXTRAS := .[quickstart,openvino]
 # An older Spark with its Delta, for an environment of its own: make test-spark-4.0.
 SPARK ?=
@@ -57,7 +58,7 @@ stores: $(STORES) ## fetch the jars for s3a:// (700 MB) and PostgreSQL, which th
 quickstart: install ## embed the standard library's docstrings, then search them; again: nothing to do
 	@$(VENV)/bin/shoal quickstart
 
-test: install $(STORES) ## all tests but the long ones: half an hour and more on two cores
+test: install $(STORES) $(SCHEDULERS) ## all tests but the long ones: half an hour and more on two cores
 	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-long: install $(STORES) ## what `test` leaves out: long histories, kills at every step, benches; an hour
@@ -148,6 +149,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(JARS): $(INSTALLED)
 	@$(MAKE) --no-print-directory jars
+
+$(SCHEDULERS): $(INSTALLED) tests/schedulers.txt
+	@rm -rf $(@D)
+	@"$(PYTHON)" -m venv $(@D)
+	@{ [ -x $(VENV)/bin/uv ] \
+	  && $(VENV)/bin/uv pip install --quiet --python $(@D)/bin/python --requirement tests/schedulers.txt; } \
+	  || $(@D)/bin/python -m pip install --quiet --requirement tests/schedulers.txt
+	@touch $@
 
 $(STORES): $(JARS)
 	@$(PY) -m shoal.jobs.jars s3a:// jdbc:postgresql: 2>$(VENV)/jars.log || { tail -n 1 $(VENV)/jars.log >&2; exit 1; }

@@ -113,8 +113,12 @@ def airflow(job: Job) -> str:
 import subprocess
 from datetime import datetime, timedelta
 
-from airflow.exceptions import AirflowFailException, AirflowSkipException
 from airflow.sdk import dag, task
+
+try:
+    from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+except ImportError:  # the first releases of Airflow 3
+    from airflow.exceptions import AirflowFailException, AirflowSkipException
 
 COMMAND = {json.dumps(list(job.command), indent=4, ensure_ascii=False)}
 

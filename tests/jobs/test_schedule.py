@@ -1,5 +1,6 @@
 """Rendered schedules: what they do on each exit code, and what the platforms' own checkers say of them."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from shoal.conf.errors import ConfigError
 from shoal.conf.loader import load_run
 from shoal.jobs.cli import SCHEDULERS
 from shoal.jobs.schedule import KINDS, dns_name, schedule
+
+SCHEDULERS_PYTHON = Path(sys.prefix) / "schedulers" / "bin" / "python"
 
 
 @pytest.fixture
@@ -97,6 +100,41 @@ def test_a_dag_is_python_that_never_overlaps(render: Callable, tmp_path: Path) -
     compile(text, "dag.py", "exec")
     for wanted in ("max_active_runs=1", "catchup=False", "retries=1", '"submit"', '"yarn"', 'schedule="30 2 * * *"'):
         assert wanted in text
+
+
+@pytest.mark.skipif(not SCHEDULERS_PYTHON.exists(), reason="needs Airflow: make test makes its environment")
+def test_airflow_and_the_schema_of_kubernetes_take_what_is_rendered(
+    render: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executable(tmp_path / "bin/shoal", "exit $CODE")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", str(tmp_path / "bin/python"))
+        texts = {"dags/docs.py": render("airflow"), "cron.yaml": render("kubernetes", target="kubernetes")}
+    (tmp_path / "dags").mkdir()
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+
+    script = Path(__file__).with_name("look_at_schedules.py")
+    looked = subprocess.run(
+        [str(SCHEDULERS_PYTHON), str(script), str(tmp_path / "dags"), str(tmp_path / "cron.yaml")],
+        env={**os.environ, "AIRFLOW_HOME": str(tmp_path / "airflow"), "PYTHONPATH": ""},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+    assert looked.returncode == 0, looked.stderr[-4000:]
+    found = json.loads(looked.stdout.splitlines()[-1])
+    assert found["problems"] == {}
+    embed = found["dags"]["shoal_docs"]["tasks"].pop("embed")
+    assert found["dags"] == {"shoal_docs": {"max_active_runs": 1, "catchup": False, "tasks": {}}}
+    failed = "AirflowFailException"
+    assert embed.pop("raised") == {
+        "0": None,
+        "1": "RuntimeError",
+        "2": failed,
+        "3": failed,
+        "4": "AirflowSkipException",
+    }
+    assert embed == {"retries": 1, "minutes": 10, "hours": 12}
 
 
 def test_a_cron_job_of_kubernetes_fails_for_good_where_a_retry_is_pointless(render: Callable, tmp_path: Path) -> None:
