@@ -61,6 +61,8 @@ class ServedTable:
     metadata: tuple[Column, ...]
     has_text: bool
     dim: int
+    bytes: int
+    """Of the files of this version."""
     encoder: QueryEncoder | None
     lexical: str | None = None
     """What the terms of the rows were cut by, None for a table without terms."""
@@ -100,7 +102,8 @@ def read_served(spark: SparkSession, name: str, table: str) -> ServedTable:
     """
     ref = _qualified(spark, table_named(spark, table))
     published = read_settled(spark, ref)
-    fields = published.rows(spark)._jdf.schema().fields()
+    rows = published.rows(spark)._jdf
+    fields = rows.schema().fields()
     types = {field.name(): field.dataType().sql() for field in fields}
     encoder, problem = _encoder(published)
     index, index_problem = _index(spark, published)
@@ -114,6 +117,7 @@ def read_served(spark: SparkSession, name: str, table: str) -> ServedTable:
         metadata=tuple(Column(column, types[column]) for column in published.metadata),
         has_text="text" in types,
         dim=int(published.encoder["identity"]["dim"]),
+        bytes=int(rows.queryExecution().optimizedPlan().stats().sizeInBytes()),
         encoder=encoder,
         lexical=published.lexical if TERMS in types else None,
         problem=problem,

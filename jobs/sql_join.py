@@ -7,8 +7,13 @@ from shoal.jobs.sql_parts import CODE, ONE, SqlParts, checked_k, k_parameter, li
 
 NEAR = "shoal_near"
 
-BLOCK_NUMBERS = 2**21
-"""A block has at most so many numbers (8 MB of float32), and between 64 and 4,096 vectors."""
+BLOCK_NUMBERS = 2**20
+"""A block has at most so many numbers (4 MB of float32), and between 64 and 2,048 vectors: enough for matrix products,
+and few enough for the rows of pairs of blocks, of which Spark holds a dozen copies in a task.
+"""
+
+PART_BYTES, MOST_PARTS = 2**24, 10_000
+"""Blocks of one task take about so many bytes: Spark holds them all in the memory of the JVM while it gathers them."""
 
 
 def join(sql: SqlParts) -> str:
@@ -25,7 +30,8 @@ def join(sql: SqlParts) -> str:
     query_id = Column("query_id" if "query_id" not in taken else "shoal_query_id", "STRING")
 
     threshold = f"{quoted(name)}.`threshold`"
-    size = max(6, min(12, (BLOCK_NUMBERS // dim).bit_length() - 1))
+    size = max(6, min(11, (BLOCK_NUMBERS // dim).bit_length() - 1))
+    num_parts = max(1, min(sql.served.bytes // PART_BYTES, MOST_PARTS))
     asked = f"{quoted(name)}.`probes`"
     cell, looked_in = str(FRESH), f"array({FRESH})"
     if sql.index is not None:
@@ -41,29 +47,33 @@ def join(sql: SqlParts) -> str:
         "c": f"SELECT q.*, {looked_in} AS `__cells` FROM q",
         "e": "SELECT c.`__at`, c.`__id`, c.`__vector`, explode(c.`__cells`) AS `__cell` FROM c",
         "a": (
-            "SELECT e.`__cell`, collect_list(struct(e.`__at` AS `at`, e.`__id` AS `id`, "
-            f"e.`__vector` AS `vector`)) AS `__left` FROM e GROUP BY e.`__cell`, shiftright(e.`__at`, {size})"
+            "SELECT e.`__cell`, collect_list(struct(e.`__at`, e.`__id`)) AS `__asked`, "
+            "collect_list(e.`__vector`) AS `__left` FROM e "
+            f"GROUP BY e.`__cell`, shiftright(e.`__at`, {size})"
         ),
         # Rows that were read one after another are a block; whatever order they come in, each is in one.
         "t": (
-            f"SELECT {cell} AS `__cell`, shiftright(monotonically_increasing_id(), {size}) AS `__block`, "
+            f"SELECT /*+ REPARTITION({num_parts}, `__block`) */ "
+            f"{cell} AS `__cell`, shiftright(monotonically_increasing_id(), {size}) AS `__block`, "
             f"struct(struct({key}) AS `key`, struct({sql.carried}) AS `row`, t.`embedding` AS `vector`) AS `__row` "
             f"FROM {sql.relation} t WHERE t.`embedding` IS NOT NULL"
         ),
         "b": (
-            f"SELECT t.`__cell`, array_sort(collect_list(t.`__row`), {in_order}) AS `__right` FROM t "
+            f"SELECT t.`__cell`, array_sort(collect_list(t.`__row`), {in_order}) AS `__rows` FROM t "
             "GROUP BY t.`__cell`, t.`__block`"
         ),
+        # Rows and vectors apart: the vectors go to Python, and what is joined is copied many times.
+        "d": "SELECT b.`__cell`, b.`__rows`.`row` AS `__rows`, b.`__rows`.`vector` AS `__right` FROM b",
         "n": (
-            f"SELECT /*+ BROADCAST(a) */ a.`__left`, b.`__right`, {NEAR}(a.`__left`.`vector`, b.`__right`.`vector`, "
-            f"{quoted(name)}.`k`, {threshold}) AS `__near` FROM b JOIN a ON a.`__cell` = b.`__cell`"
+            f"SELECT /*+ BROADCAST(a) */ a.`__asked`, d.`__rows`, {NEAR}(a.`__left`, d.`__right`, "
+            f"{quoted(name)}.`k`, {threshold}) AS `__near` FROM d JOIN a ON a.`__cell` = d.`__cell`"
         ),
         # Taken out of the blocks before there are rows: a row would carry both blocks along.
         "p": (
-            "SELECT inline(transform(n.`__near`, x -> struct(n.`__left`[x.`left`].`at` AS `__at`, n.`__left`[x.`left`]"
-            ".`id` AS `__id`, n.`__right`[x.`right`].`row` AS `__row`, x.`score` AS `__score`))) FROM n"
+            "SELECT inline(transform(n.`__near`, x -> struct(n.`__asked`[x.`left`] AS `__query`, "
+            "n.`__rows`[x.`right`] AS `__row`, x.`score` AS `__score`))) FROM n"
         ),
-        "s": "SELECT p.`__at`, p.`__id`, p.`__row`.*, p.`__score` FROM p",
+        "s": "SELECT p.`__query`.*, p.`__row`.*, p.`__score` FROM p",
         "r": f"SELECT s.*, row_number() OVER (PARTITION BY s.`__at` ORDER BY {sql.order}) AS `__nth` FROM s",
     }
     with_parts = ", ".join(f"{part} AS ({text})" for part, text in parts.items())

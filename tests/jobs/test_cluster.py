@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from cluster import Cluster, clean_environment
+from cluster import Cluster, clean_environment, die_with_parent
 from pyspark.sql import SparkSession
 
 from shoal.udfs.hash_encoder import hash_vectors
@@ -20,6 +21,17 @@ from shoal.udfs.vectors import cosines
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
 SHOAL = Path(sys.executable).with_name("shoal")
+
+# Of the settings that Shoal gives a local session, those that a small table notices most.
+TARGET = """\
+kind: standalone
+master: {}
+conf:
+  spark.cores.max: {}
+  spark.executor.memory: 768m
+  spark.sql.shuffle.partitions: 4
+  spark.databricks.delta.snapshotPartitions: 2
+"""
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +58,21 @@ def elsewhere(tmp_path: Path) -> Path:
 @pytest.fixture
 def target(cluster: Cluster, tmp_path: Path) -> Path:
     path = tmp_path / "target.yaml"
-    # Of the settings that Shoal gives a local session, the one that a small table notices most.
-    few = "spark.sql.shuffle.partitions: 4, spark.databricks.delta.snapshotPartitions: 2"
-    conf = f"{{spark.executor.memory: 768m, spark.cores.max: 2, {few}}}"
-    path.write_text(f"kind: standalone\nmaster: {cluster.address}\nconf: {conf}\n")
+    path.write_text(TARGET.format(cluster.address, 2))
     return path
 
 
 def shoal(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    with started(folder, *words) as process:
+        stdout, stderr = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def started(folder: Path, *words: object) -> subprocess.Popen[str]:
     env = clean_environment() | {"SPARK_LOCAL_IP": "127.0.0.1"}
     command = [str(SHOAL), *map(str, words)]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=env, text=True, preexec_fn=die_with_parent, **pipes)
 
 
 def unpacked(cluster: Cluster) -> dict[str, set[str]]:
@@ -127,6 +143,57 @@ def test_a_submitted_run_from_an_unrelated_folder_publishes_through_two_workers(
     )
     staged = spark.sql(f"DESCRIBE HISTORY delta.`{tmp_path}/out/docs__shoal/staging`").where("operation = 'WRITE'")
     assert staged.count() == 3
+
+
+def test_a_run_whose_workers_die_goes_on_where_another_joins(
+    elsewhere: Path,
+    spark: SparkSession,
+    write_rows: Callable[..., Path],
+    run_file: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    write_rows([{"id": str(index), "body": f"text number {index}"} for index in range(800)])
+    path = run_file(encode={"wave_chunks": 100})
+    cluster = Cluster(tmp_path / "cluster")
+    try:
+        cluster.wait()
+        target = tmp_path / "target.yaml"
+        target.write_text(TARGET.format(cluster.address, 2))
+        staging = tmp_path / "out/docs__shoal/staging/_delta_log"
+        with started(elsewhere, "submit", path, "--target", target, "--json") as run:
+            # The first commit makes the table, the second one is the first wave.
+            while run.poll() is None and len(list(staging.glob("*.json"))) < 2:
+                time.sleep(0.05)
+            cluster.kill_workers()
+            joined = cluster.add_worker()
+            stdout, stderr = run.communicate(timeout=600)
+    finally:
+        cluster.kill()
+
+    assert run.returncode == 0, stderr
+    assert json.loads(stdout)["chunks"]["embedded"] == 800
+    assert list(joined.glob("app-*/*"))
+    assert len(vectors_of(spark, tmp_path / "out/docs")) == 800
+    waves = spark.sql(f"DESCRIBE HISTORY delta.`{staging.parent}`").where("operation = 'WRITE'")
+    assert waves.count() == 8
+
+
+def test_two_runs_share_a_cluster(
+    cluster: Cluster, elsewhere: Path, spark: SparkSession, write_rows: Callable, run_file: Callable, tmp_path: Path
+) -> None:
+    write_rows([{"id": str(index), "body": f"text number {index}"} for index in range(300)])
+    target = tmp_path / "target.yaml"
+    target.write_text(TARGET.format(cluster.address, 1))
+    runs = []
+    for name in ("one", "two"):
+        path = run_file(f"{name}.yaml", destination={"path": f"out/{name}"})
+        runs.append(started(elsewhere, "submit", path, "--target", target, "--json"))
+    answers = [run.communicate(timeout=600) for run in runs]
+
+    assert [run.returncode for run in runs] == [0, 0], answers
+    for name in ("one", "two"):
+        assert len(vectors_of(spark, tmp_path / "out" / name)) == 300
+    assert len(list(cluster.folder.glob("work*/app-*"))) >= 2
 
 
 def test_a_doctor_visits_both_executors_and_their_model_has_been_sent(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyspark
@@ -35,12 +36,23 @@ class Cluster:
         told = folder / "worker.conf"
         told.write_text(_gpu_settings(folder, num_gpus) if num_gpus else "")
         self._log = (folder / "daemons.log").open("a")
+        self._size = ["--cores", str(cores), "--memory", memory, "--properties-file", str(told)]
         self._daemons = [self._start(folder, "Master", "--port", str(self.port), "--webui-port", str(self.web))]
-        for index in range(NUM_WORKERS):
-            ports = ["--port", str(_free_port()), "--webui-port", str(_free_port())]
-            size = ["--cores", str(cores), "--memory", memory, "--properties-file", str(told)]
-            size += ["--work-dir", str(folder / f"work{index}"), self.address]
-            self._daemons.append(self._start(folder, "Worker", *ports, *size))
+        for _ in range(NUM_WORKERS):
+            self.add_worker()
+
+    def add_worker(self) -> Path:
+        """Starts one more worker, which registers by itself; the folder of what it runs."""
+        work = self.folder / f"work{len(self._daemons) - 1}"
+        ports = ["--port", str(_free_port()), "--webui-port", str(_free_port())]
+        self._daemons.append(
+            self._start(self.folder, "Worker", *ports, *self._size, "--work-dir", str(work), self.address)
+        )
+        return work
+
+    def kill_workers(self) -> None:
+        """SIGKILL to all workers and what is below them; the master stays."""
+        self._kill(self._daemons[1:])
 
     def wait(self) -> None:
         """Returns when both workers have registered."""
@@ -66,17 +78,19 @@ class Cluster:
 
     def kill(self) -> None:
         """SIGKILL to the daemons and to everything below them."""
-        pids = [pid for pid, _ in self._below()] + [daemon.pid for daemon in self._daemons]
-        for pid in pids:
-            kill(pid)
-        for daemon in self._daemons:
-            daemon.wait()
+        self._kill(self._daemons)
         self._log.close()
 
-    def _below(self) -> list[tuple[int, str]]:
-        """Process ids and command lines of all descendants of the daemons."""
+    def _kill(self, daemons: Sequence[subprocess.Popen[bytes]]) -> None:
+        for pid in [pid for pid, _ in self._below(daemons)] + [daemon.pid for daemon in daemons]:
+            kill(pid)
+        for daemon in daemons:
+            daemon.wait()
+
+    def _below(self, daemons: Sequence[subprocess.Popen[bytes]] | None = None) -> list[tuple[int, str]]:
+        """Process ids and command lines of all descendants of these daemons; unset: of all."""
         parents, commands = processes()
-        mine = {daemon.pid for daemon in self._daemons}
+        mine = {daemon.pid for daemon in (self._daemons if daemons is None else daemons)}
         found: list[tuple[int, str]] = []
         grown = True
         while grown:
