@@ -52,6 +52,7 @@ from shoal.jobs.publish import (
 from shoal.jobs.published import Published, State, is_head, read_published
 from shoal.jobs.reconcile import count_encoded
 from shoal.jobs.report import Report
+from shoal.jobs.session import described
 from shoal.jobs.source import SourceRows, as_one_state, read_source
 from shoal.jobs.staging import create_staging, mend_staging, trim_staging
 
@@ -78,7 +79,7 @@ def embed(
         ref = scratch_of(ref)
         files.delete(ref.path or "")
         files.delete(ref.sidecar)
-    report = Report(config, run_id, str(ref))
+    report = Report(config, run_id, str(ref), around=lambda phase: described(spark, f"shoal: {config.name}, {phase}"))
     if started is not None:
         report.seconds["start"] = report.started - started
         report.started = started
@@ -326,7 +327,7 @@ class _Run:
                 report.migration = settled_document(serving)
                 self._warn(MOVE_IT)
                 return
-            part = Report(self.config, next_run_id(report.run_id), str(self.ref))
+            part = Report(self.config, next_run_id(report.run_id), str(self.ref), around=report.around)
             part.source_state, part.difference = report.source_state, "cut-over: the whole source"
             migration = Migration(
                 EncoderWork(self.spark, self.config, self.ref, encoding, self._kept("next")),

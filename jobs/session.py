@@ -173,6 +173,18 @@ def with_settings(spark: SparkSession, wanted: Mapping[str, str]) -> Iterator[No
                 spark.conf.set(name, former)
 
 
+@contextmanager
+def described(spark: SparkSession, text: str) -> Iterator[None]:
+    """What Spark's UI and logs call the jobs of this thread, for the length of a block."""
+    context = spark.sparkContext
+    before = context.getLocalProperty("spark.job.description")
+    context.setJobDescription(text)
+    try:
+        yield
+    finally:
+        context.setLocalProperty("spark.job.description", before)  # type: ignore[arg-type] # None takes it away
+
+
 def is_local(master: str) -> bool:
     """Whether the driver does the work itself, so that all it has is there."""
     return re.match(r"local(\[|$)", master) is not None

@@ -14,6 +14,7 @@ from pyspark.sql import SparkSession
 from shoal.conf.errors import LimitError, RefusedError
 from shoal.conf.loader import load_run
 from shoal.jobs.embed import embed
+from shoal.jobs.session import described
 from shoal.udfs.hash_encoder import hash_vectors
 
 pytestmark = pytest.mark.spark
@@ -28,6 +29,28 @@ def published(spark: SparkSession, path: Path) -> dict[tuple[str, int], Any]:
 
 def rows_of(*texts: str | None, first: int = 0) -> list[dict[str, Any]]:
     return [{"id": f"r{first + index}", "body": text} for index, text in enumerate(texts)]
+
+
+def jobs_of(spark: SparkSession) -> set[str]:
+    """What Spark's UI calls the jobs that it still knows."""
+    jobs = spark.sparkContext._jsc.sc().statusStore().jobsList(None)  # type: ignore[union-attr]
+    told = [jobs.apply(index).description() for index in range(jobs.size())]
+    return {each.get() for each in told if each.isDefined()}
+
+
+def test_the_jobs_of_a_run_are_called_by_its_phases_and_waves(
+    spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path]
+) -> None:
+    write_rows(rows_of("one fish", "two fish", "red fish"))
+    with described(spark, "mine"):
+        embed(spark, load_run(run_file(encode={"wave_chunks": 2})))
+        assert spark.sparkContext.getLocalProperty("spark.job.description") == "mine"
+    assert spark.sparkContext.getLocalProperty("spark.job.description") is None
+
+    told = jobs_of(spark)
+    for phase in ("plan", "audit", "publish", "record"):
+        assert any(each.startswith(f"shoal: docs, {phase}") for each in told), phase
+    assert {f"shoal: encode wave {wave} of 2" for wave in (1, 2)} <= told
 
 
 def test_first_run_publishes_every_row_with_its_vector_and_the_second_does_nothing(
