@@ -217,6 +217,12 @@ def _add_serve(verbs: Any) -> None:
     serve.add_argument("--bind", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1)")
     serve.add_argument("--port", type=int, default=10000, help="port; 0 for any that is free (default 10000)")
     serve.add_argument(
+        "--connect",
+        type=int,
+        metavar="PORT",
+        help="port for clients of Spark Connect, on 127.0.0.1 alone; 0 for any that is free (default: none)",
+    )
+    serve.add_argument(
         "--catalog",
         type=Path,
         metavar="FOLDER",
@@ -392,7 +398,10 @@ def _serve(args: argparse.Namespace) -> int:
     from shoal.jobs.thrift import Endpoint, default_catalog, held_catalog, session_settings
 
     tables = tables_of(args.table)
-    endpoint = Endpoint(host=args.bind, port=args.port, keystore=args.tls_keystore, users=args.users).checked()
+    endpoint = Endpoint(
+        host=args.bind, port=args.port, keystore=args.tls_keystore, users=args.users, connect=args.connect
+    )
+    endpoint = endpoint.checked()
     catalog = (args.catalog or default_catalog()).absolute()
 
     def ready(told: dict[str, Any]) -> None:
@@ -402,7 +411,8 @@ def _serve(args: argparse.Namespace) -> int:
         else:
             _print(args, told, verb.lines(told))
 
-    with held_catalog(catalog), _spark(session_settings(catalog), "shoal serve", tables.values()) as spark:
+    settings = session_settings(catalog, endpoint.connect)
+    with held_catalog(catalog), _spark(settings, "shoal serve", tables.values()) as spark:
         verb.serve(spark, tables, endpoint, catalog, reranker=args.reranker, ready=ready, say=_say)
     return 0
 

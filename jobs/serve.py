@@ -60,12 +60,14 @@ def document(functions: Functions, endpoint: Endpoint) -> dict[str, Any]:
         table.name: {"table": str(table.ref), "version": table.version, "functions": names_of(table)}
         for table in served
     }
-    return {"status": "ready", "jdbc": endpoint.jdbc, "tables": tables}
+    connect = None if endpoint.connect is None else f"sc://localhost:{endpoint.connect}"
+    return {"status": "ready", "jdbc": endpoint.jdbc, "connect": connect, "tables": tables}
 
 
 def lines(told: dict[str, Any]) -> list[str]:
     """The same for people."""
     shown = [f"ready: {told['jdbc']}"]
+    shown += [f"Spark Connect: {told['connect']}"] if told["connect"] else []
     for name, table in told["tables"].items():
         shown.append(f"{name}: {table['table']} version {table['version']}: {', '.join(table['functions'])}")
     return shown

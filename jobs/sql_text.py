@@ -21,7 +21,7 @@ from shoal.jobs.sql_parts import (
 )
 from shoal.jobs.sql_rerank import mmr, rerank
 
-MATCH_BYTES = 2**28
+MATCH_BYTES = 2**30
 """A table with fewer bytes of vectors is read whole for `match`: looking for the right cells takes as long."""
 
 

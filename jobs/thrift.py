@@ -21,9 +21,13 @@ from shoal.conf.run import SparkConfig
 from shoal.jobs.jars import delta_jars
 from shoal.jobs.passwords import authenticate_by, require_users
 
+LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 10000
 KEYSTORE_PASSWORD = "SHOAL_KEYSTORE_PASSWORD"  # noqa: S105 - its name
 """Environment variable with the password of the keystore: on a command line others could read it."""
+
+CONNECT_TOKEN = "SPARK_CONNECT_AUTHENTICATE_TOKEN"  # noqa: S105 - its name
+"""Spark's own environment variable with what clients of Spark Connect have to send."""
 
 # Hive's own variables, which would win over what was checked here.
 OVERRIDING = ("HIVE_SERVER2_THRIFT_BIND_HOST", "HIVE_SERVER2_THRIFT_PORT")
@@ -37,12 +41,16 @@ START = "org.apache.spark.sql.hive.thriftserver.HiveThriftServer2"
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Where JDBC clients connect. keystore: PKCS12 or JKS file with the server's key, for TLS; users: passwords."""
+    """Where JDBC clients connect. keystore: PKCS12 or JKS file with the server's key, for TLS; users: passwords.
 
-    host: str = "127.0.0.1"
+    connect: port for clients of Spark Connect, on 127.0.0.1 alone; None for no such server.
+    """
+
+    host: str = LOOPBACK
     port: int = DEFAULT_PORT
     keystore: Path | None = None
     users: Path | None = None
+    connect: int | None = None
 
     @property
     def is_loopback(self) -> bool:
@@ -69,8 +77,9 @@ class Endpoint:
                 raise ConfigError(
                     f"{name} is set, and Hive would listen where it says; unset it, use --bind and --port"
                 )
-        if not 0 <= self.port < 2**16:
-            raise ConfigError(f"--port is {self.port}; give one from 1 to 65535, or 0 for any that is free")
+        for name, port in (("--port", self.port), ("--connect", self.connect or 0)):
+            if not 0 <= port < 2**16:
+                raise ConfigError(f"{name} is {port}; give one from 1 to 65535, or 0 for any that is free")
         if self.users is not None:
             require_users(self.users)
         if self.keystore is not None:
@@ -83,27 +92,38 @@ class Endpoint:
                 f"--bind {self.host} without --tls-keystore: queries, answers and "
                 "passwords would travel readable for others; give the server a key, or let it listen on 127.0.0.1 alone"
             )
-        return replace(self, port=self._free_port())
-
-    def _free_port(self) -> int:
-        try:
-            family = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0][0]
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((self.host, self.port))
-                return int(probe.getsockname()[1])
-        except OSError as error:
+        found = replace(self, port=_free_port(f"--bind {self.host} --port", self.host, self.port))
+        if self.connect is None:
+            return found
+        if self.users is not None and not os.environ.get(CONNECT_TOKEN):
             raise ConfigError(
-                f"--bind {self.host} --port {self.port}: nothing can listen there ({error.strerror or error}); "
-                "another server may run already, choose another port",
-                code="SERVER_FAILED",
-            ) from error
+                f"--connect beside --users without {CONNECT_TOKEN}: Spark Connect would let everybody on this machine "
+                "in without a password; set it to a secret that its clients send as token"
+            )
+        return replace(found, connect=_free_port("--connect", LOOPBACK, self.connect))
 
 
-def session_settings(catalog: Path) -> SparkConfig:
+def _free_port(told: str, host: str, port: int) -> int:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise ConfigError(
+            f"{told} {port}: nothing can listen there ({error.strerror or error}); another server may run already, "
+            "choose another port",
+            code="SERVER_FAILED",
+        ) from error
+
+
+def session_settings(catalog: Path, connect: int | None = None) -> SparkConfig:
     """What Spark has to be started with to serve SQL; `catalog` keeps schemas, tables and functions between starts.
 
-    A metastore that hive-site.xml names is used instead of the one in `catalog`.
+    A metastore that hive-site.xml names is used instead of the one in `catalog`. connect: the port of a server for
+    Spark Connect in the same process, on 127.0.0.1; its clients have sessions of their own, which see the tables and
+    permanent functions of the catalog, and no temporary functions.
     """
     # Connections look for Delta's catalog on the class path of the JVM alone.
     class_path = os.pathsep.join(str(entry) for entry in [*delta_jars(), catalog / CLASSES])
@@ -115,6 +135,12 @@ def session_settings(catalog: Path) -> SparkConfig:
         "spark.sql.legacy.parameterSubstitution.constantsOnly": "true",
         "spark.driver.extraClassPath": class_path,
     }
+    if connect is not None:
+        conf |= {
+            "spark.plugins": "org.apache.spark.sql.connect.SparkConnectPlugin",
+            "spark.connect.grpc.binding.address": LOOPBACK,
+            "spark.connect.grpc.binding.port": str(connect),
+        }
     if not _names_a_metastore():
         database = catalog / "metastore"
         conf |= {

@@ -154,7 +154,8 @@ def write(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 @pytest.fixture(scope="module")
 def server(write: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving("--table", f"docs={write(BODIES)}", "--catalog", tmp_path_factory.mktemp("catalog")) as server:
+    catalog = tmp_path_factory.mktemp("catalog")
+    with serving("--table", f"docs={write(BODIES)}", "--catalog", catalog, "--connect", 0) as server:
         yield server
 
 
@@ -193,6 +194,46 @@ def test_two_clients_at_once_get_their_own_answers_and_share_settings(server: Se
     for text, rows in zip(("one fish", "blue fish"), answers, strict=True):
         assert rows[:6] == [["text"], [text]] * 3
     assert ["spark.shoal.test.said", "yes"] in shared
+
+
+# In a process of its own: here a classic session is open.
+CONNECT_CLIENT = """
+import json, sys
+from pyspark.errors import AnalysisException
+from pyspark.sql import SparkSession
+
+spark = SparkSession.builder.remote(sys.argv[1]).getOrCreate()
+texts = [row["text"] for row in spark.sql("SELECT text FROM seen.docs ORDER BY id").collect()]
+[[twice]] = spark.sql("SELECT seen.twice(4)").collect()
+try:
+    spark.sql("SELECT * FROM docs_search('x', 1)").collect()
+    told = ""
+except AnalysisException as error:
+    told = str(error)
+print(json.dumps([texts, twice, told]))
+"""
+
+
+def test_a_client_of_spark_connect_has_the_tables_and_permanent_functions(server: Server) -> None:
+    pytest.importorskip("grpc", reason="needs pyspark[connect]")
+    [path] = [table["table"] for table in server.told["tables"].values()]
+    _, err = ask(
+        server.told["jdbc"],
+        "CREATE SCHEMA seen",
+        f"CREATE TABLE seen.docs USING delta LOCATION '{path}'",
+        "CREATE FUNCTION seen.twice(x INT) RETURNS INT RETURN 2 * x",
+    )
+    assert err == ""
+
+    asked = subprocess.run(
+        [sys.executable, "-c", CONNECT_CLIENT, server.told["connect"]],
+        capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+
+    assert asked.returncode == 0, asked.stderr[-4000:]
+    texts, twice, told = json.loads(asked.stdout.splitlines()[-1])
+    assert (texts, twice) == (BODIES, 8)
+    assert "docs_search" in told
 
 
 def test_python_clients_and_the_plain_driver_get_the_same_answers_and_errors(

@@ -56,6 +56,18 @@ def test_a_port_that_is_taken_is_an_error_that_names_it() -> None:
     assert caught.value.code == "SERVER_FAILED"
     with pytest.raises(ConfigError, match="--port is 70000"):
         Endpoint(port=70000).checked()
+    with pytest.raises(ConfigError, match="--connect is -1"):
+        Endpoint(connect=-1).checked()
+
+
+def test_spark_connect_is_no_way_round_the_passwords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_password(tmp_path / "users", "ada", "a long secret")
+    endpoint = Endpoint(port=0, users=tmp_path / "users", connect=0)
+    monkeypatch.delenv("SPARK_CONNECT_AUTHENTICATE_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match="--connect beside --users without SPARK_CONNECT_AUTHENTICATE_TOKEN"):
+        endpoint.checked()
+    monkeypatch.setenv("SPARK_CONNECT_AUTHENTICATE_TOKEN", "another secret")
+    assert endpoint.checked().connect
 
 
 def test_hives_own_variables_may_not_decide_where_to_listen(monkeypatch: pytest.MonkeyPatch) -> None:
