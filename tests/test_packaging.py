@@ -34,6 +34,7 @@ COMMAND_LINE = {
     "serve": [
         "--bind",
         "--catalog",
+        "--connect",
         "--debug",
         "--json",
         "--port",
