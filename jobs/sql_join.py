@@ -17,7 +17,12 @@ PART_BYTES, MOST_PARTS = 2**24, 10_000
 
 
 def join(sql: SqlParts) -> str:
-    """The statement of the function: for every vector of an array of ids and vectors its k nearest chunks."""
+    """The statement of the function: for every vector of an array of ids and vectors its k nearest chunks.
+
+    Queries become `g` as given, `q` checked, `c` with their cells, `e` a row for each cell, `a` blocks; rows become `t`
+    with the block that they are in, `b` blocks, `d` blocks in columns; `n` has a row for each two blocks that meet, `p`
+    and `s` one for each pair, `r` its rank.
+    """
     name, dim = f"{sql.served.name}_join", sql.served.dim
     about = (
         f"For each of many vectors, given with ids, the k chunks of table {sql.served.name} nearest to it, in no "
