@@ -15,6 +15,9 @@ FileStamp = tuple[int, int]
 CONDITIONAL = "fs.option.create.conditional.overwrite"
 """Hadoop's option of a new file, and the capability of its stores: the file is refused if one is there by its end."""
 
+READ_ATTEMPTS = 5
+"""Of a file that is replaced while it is read, as a lease is with every heartbeat."""
+
 
 def local_path(path: str) -> Path | None:
     """The local path behind `path`, None when it is on another file system."""
@@ -114,23 +117,28 @@ class FileSystem:
         self._fs.delete(self._path(path), True)
 
     def read(self, path: str) -> str | None:
-        """The text of a small file, None when it is absent."""
+        """The text of a small file, None when it is absent; one that is replaced meanwhile is read again."""
         local = self._local(path)
         if local is not None:
             try:
                 return local.read_text()
             except FileNotFoundError:
                 return None
-        try:
-            stream = self._fs.open(self._path(path))
-        except Py4JJavaError as error:
-            if _is_java(error, "FileNotFound"):
-                return None
-            raise
-        try:
-            return self._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8")
-        finally:
-            stream.close()
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                stream = self._fs.open(self._path(path))
+            except Py4JJavaError as error:
+                if _is_java(error, "FileNotFound"):
+                    return None
+                raise
+            try:
+                return str(self._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
+            except Py4JJavaError as error:
+                if not _was_replaced(error) or attempt == READ_ATTEMPTS - 1:
+                    raise
+            finally:
+                stream.close()
+        raise AssertionError("the last attempt returns or raises")
 
     def create(self, path: str, text: str) -> bool:
         """Writes a new file; False when it exists already.
@@ -226,6 +234,15 @@ def _unreachable(root: str, error: Py4JJavaError) -> ConfigError:
 def java_reason(error: Py4JJavaError) -> str:
     """What an error of the JVM's says in its first line, without the stack trace."""
     return first_line(Exception(error.java_exception.getMessage() or error.java_exception.toString()))
+
+
+def _was_replaced(error: Py4JJavaError) -> bool:
+    """Whether a store no longer has the file that was opened: S3 reads that one or none (If-Match, status 412)."""
+    return (
+        _is_java(error, "FileNotFound")
+        or _is_java(error, "RemoteFileChanged")
+        or "Status Code: 412" in java_reason(error)
+    )
 
 
 def _is_java(error: Py4JJavaError, name: str) -> bool:

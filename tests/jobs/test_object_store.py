@@ -120,6 +120,38 @@ def test_a_file_moves_once_and_folders_are_listed_at_any_depth(spark: SparkSessi
     assert files.read(f"{root}/three") == "22"
 
 
+class ReplacedWhenOpened:
+    """Hadoop's file system, and somebody who replaces or deletes each file the moment after it has been opened."""
+
+    def __init__(self, real: Any, change: Callable[[], None]) -> None:
+        self._real, self._change = real, change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def open(self, path: Any) -> Any:
+        stream = self._real.open(path)
+        self._change()
+        return stream
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(spark: SparkSession, root: str) -> None:
+    files, path = FileSystem(spark, root), f"{root}/lease.json"
+    other = FileSystem(spark, root)
+    texts = iter(["second", "third"])
+
+    def replaced() -> None:
+        if (text := next(texts, None)) is not None:
+            other.replace(path, text)
+
+    assert files.create(path, "first")
+    files._fs = ReplacedWhenOpened(files._fs, replaced)
+    assert files.read(path) == "third"
+
+    files._fs._change = lambda: other.delete(path)
+    assert files.read(path) is None
+
+
 def test_a_dead_runs_lease_is_taken_over_and_a_live_one_is_not(spark: SparkSession, root: str) -> None:
     files, path = FileSystem(spark, root), f"{root}/lease.json"
     gone = subprocess.Popen(["true"])
