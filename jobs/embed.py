@@ -79,7 +79,9 @@ def embed(
         ref = scratch_of(ref)
         files.delete(ref.path or "")
         files.delete(ref.sidecar)
-    report = Report(config, run_id, str(ref), around=lambda phase: described(spark, f"shoal: {config.name}, {phase}"))
+    report = Report(
+        config, run_id, str(ref), around=lambda phase: described(spark, f"shoal: {config.name}, {phase}", run_id)
+    )
     if started is not None:
         report.seconds["start"] = report.started - started
         report.started = started

@@ -25,6 +25,9 @@ CLASS_ARCHIVE = Path(sys.prefix) / "shoal-classes.jsa"
 SUBMITTED = "SHOAL_SUBMITTED"
 """Environment variable of a driver that `shoal submit` starts: PYSPARK_SUBMIT_ARGS says all that Spark is told."""
 
+LOGGED_RUN = "mdc.shoal_run"
+"""A local property that Spark hands to the loggers of tasks."""
+
 _DEFAULTS = {
     # Delta would refuse every version but the newest that was written longer ago than `retain`, also one that was the
     # newest until a minute ago; whether its files are still there is seen when they are read.
@@ -174,15 +177,21 @@ def with_settings(spark: SparkSession, wanted: Mapping[str, str]) -> Iterator[No
 
 
 @contextmanager
-def described(spark: SparkSession, text: str) -> Iterator[None]:
-    """What Spark's UI and logs call the jobs of this thread, for the length of a block."""
+def described(spark: SparkSession, text: str, run_id: str) -> Iterator[None]:
+    """What Spark's UI calls the jobs of this thread for the length of a block, and whose they are in executors' logs.
+
+    Structured logs, and patterns with %X{mdc.shoal_run}, have the run with every line of a task.
+    """
     context = spark.sparkContext
-    before = context.getLocalProperty("spark.job.description")
-    context.setJobDescription(text)
+    wanted = {"spark.job.description": text, LOGGED_RUN: run_id}
+    before = {name: context.getLocalProperty(name) for name in wanted}
     try:
+        for name, value in wanted.items():
+            context.setLocalProperty(name, value)
         yield
     finally:
-        context.setLocalProperty("spark.job.description", before)  # type: ignore[arg-type] # None takes it away
+        for name, former in before.items():
+            context.setLocalProperty(name, former)  # type: ignore[arg-type] # None takes it away
 
 
 def is_local(master: str) -> bool:

@@ -31,6 +31,7 @@ conf:
   spark.executor.memory: 768m
   spark.sql.shuffle.partitions: 4
   spark.databricks.delta.snapshotPartitions: 2
+  spark.log.structuredLogging.enabled: true
 """
 
 
@@ -73,6 +74,11 @@ def started(folder: Path, *words: object) -> subprocess.Popen[str]:
     command = [str(SHOAL), *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=folder, env=env, text=True, preexec_fn=die_with_parent, **pipes)
+
+
+def applications(cluster: Cluster) -> set[str]:
+    """All that have had an executor."""
+    return {path.name for path in cluster.folder.glob("work*/app-*")}
 
 
 def unpacked(cluster: Cluster) -> dict[str, set[str]]:
@@ -121,6 +127,7 @@ def vectors_of(spark: SparkSession, table: Path) -> dict[str, np.ndarray]:
 
 
 def test_a_submitted_run_from_an_unrelated_folder_publishes_through_two_workers(
+    cluster: Cluster,
     target: Path,
     elsewhere: Path,
     spark: SparkSession,
@@ -143,6 +150,8 @@ def test_a_submitted_run_from_an_unrelated_folder_publishes_through_two_workers(
     )
     staged = spark.sql(f"DESCRIBE HISTORY delta.`{tmp_path}/out/docs__shoal/staging`").where("operation = 'WRITE'")
     assert staged.count() == 3
+    logged = [line for log in cluster.folder.glob("work*/app-*/*/stderr") for line in log.read_text().splitlines()]
+    assert any(record["run_id"] in line and json.loads(line)["level"] == "INFO" for line in logged)
 
 
 def test_a_run_whose_workers_die_goes_on_where_another_joins(
@@ -184,7 +193,7 @@ def test_two_runs_share_a_cluster(
     write_rows([{"id": str(index), "body": f"text number {index}"} for index in range(300)])
     target = tmp_path / "target.yaml"
     target.write_text(TARGET.format(cluster.address, 1))
-    runs = []
+    before, runs = applications(cluster), []
     for name in ("one", "two"):
         path = run_file(f"{name}.yaml", destination={"path": f"out/{name}"})
         runs.append(started(elsewhere, "submit", path, "--target", target, "--json"))
@@ -193,7 +202,7 @@ def test_two_runs_share_a_cluster(
     assert [run.returncode for run in runs] == [0, 0], answers
     for name in ("one", "two"):
         assert len(vectors_of(spark, tmp_path / "out" / name)) == 300
-    assert len(list(cluster.folder.glob("work*/app-*"))) >= 2
+    assert len(applications(cluster) - before) == 2
 
 
 def test_a_doctor_visits_both_executors_and_their_model_has_been_sent(

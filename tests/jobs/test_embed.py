@@ -14,7 +14,7 @@ from pyspark.sql import SparkSession
 from shoal.conf.errors import LimitError, RefusedError
 from shoal.conf.loader import load_run
 from shoal.jobs.embed import embed
-from shoal.jobs.session import described
+from shoal.jobs.session import LOGGED_RUN, described
 from shoal.udfs.hash_encoder import hash_vectors
 
 pytestmark = pytest.mark.spark
@@ -42,9 +42,10 @@ def test_the_jobs_of_a_run_are_called_by_its_phases_and_waves(
     spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path]
 ) -> None:
     write_rows(rows_of("one fish", "two fish", "red fish"))
-    with described(spark, "mine"):
+    with described(spark, "mine", "my run"):
         embed(spark, load_run(run_file(encode={"wave_chunks": 2})))
         assert spark.sparkContext.getLocalProperty("spark.job.description") == "mine"
+        assert spark.sparkContext.getLocalProperty(LOGGED_RUN) == "my run"
     assert spark.sparkContext.getLocalProperty("spark.job.description") is None
 
     told = jobs_of(spark)
