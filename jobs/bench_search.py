@@ -105,7 +105,7 @@ class _Bench:
             "index": made,
             "index_seconds": round(seconds, 2),
             "forms": [*before, *self._indexed(), library],
-            "batches": [self._batch(None), self._batch(made["probes"][K])],
+            "batches": self._batches(made["probes"][K]),
             "filters": [self._filtered(f"{kind}{share}") for kind in "uc" for share in PER_MILLE if filters],
             "nights": num_nights,
             "after_nights": [],
@@ -127,28 +127,28 @@ class _Bench:
             self._form("index, all cells", f"SELECT id FROM {NAME}_search('{{q}}', {K}, {cells.cells})"),
         ]
 
-    def _batch(self, probes: int | None) -> dict[str, Any]:
-        """BATCH vectors at once, in the session; the median of BATCH_ROUNDS, and the recall of the first QUERIES."""
+    def _batches(self, probes: int) -> list[dict[str, Any]]:
+        """BATCH vectors at once, in the session: the median of BATCH_ROUNDS, and the recall of the first QUERIES."""
         few = f"FROM delta.`{self.table.path}` WHERE id < "
         asked = f"(SELECT collect_list(struct(id, embedding)) {few}{BATCH})"
-        cells = "" if probes is None else f", probes => {probes}"
-        took, found = [], []
-        for _ in range(BATCH_ROUNDS):
-            began = time.monotonic()
-            found = self.spark.sql(f"SELECT query_id, id FROM {NAME}_join({asked}, {K}{cells})").collect()
-            took.append(time.monotonic() - began)
-        first = self.spark.sql(f"SELECT id, embedding {few}{QUERIES} ORDER BY id").collect()
+        first = self.spark.sql(f"SELECT embedding {few}{QUERIES} ORDER BY id").collect()
         vectors_QD = np.array([row["embedding"] for row in first], dtype=np.float32)
-        true = nearest(self.table.published().rows(self.spark), ["id"], vectors_QD, K)
-        hits = sum(
-            len({row["id"] for row in found if row["query_id"] == str(n)} & {row["id"] for row in wanted})
-            for n, wanted in enumerate(true)
-        )
-        seconds, recall = round(statistics.median(took), 3), round(hits / (K * QUERIES), 4)
-        name = "batch, all cells" if probes is None else "batch, index"
-        pairs = BATCH * self.table.rows
-        self.say(f"{name}: {BATCH} vectors in {seconds:.3f} s, recall {recall:.3f}")
-        return {"form": name, "vectors": BATCH, "seconds": seconds, "recall": recall, "pairs": pairs}
+        hits = nearest(self.table.published().rows(self.spark), ["id"], vectors_QD, K)
+        true = [{row["id"] for row in neighbours} for neighbours in hits]
+        measured = []
+        for name, cells in (("batch, all cells", ""), ("batch, index", f", probes => {probes}")):
+            statement = f"SELECT query_id, id FROM {NAME}_join({asked}, {K}{cells})"
+            took = []
+            found: list[list[int]] = []
+            for _ in range(BATCH_ROUNDS):
+                began = time.monotonic()
+                rows = self.spark.sql(statement).collect()
+                took.append(time.monotonic() - began)
+                found = [[row["id"] for row in rows if row["query_id"] == str(n)] for n in range(QUERIES)]
+            seconds, recall = round(statistics.median(took), 3), _share_found(true, found)
+            self.say(f"{name}: {BATCH} vectors in {seconds:.3f} s, recall {recall:.3f}")
+            measured.append({"form": name, "vectors": BATCH, "seconds": seconds, "recall": recall})
+        return measured
 
     def _filtered(self, column: str) -> dict[str, Any]:
         by_index = f"SELECT id FROM {NAME}_match('{{q}}', map('{column}', '1'), {K})"
@@ -177,10 +177,7 @@ class _Bench:
             rows = published.rows(self.spark).where(where)
             hits = nearest(rows, ["id"], self.queries_QD, K)
             self._true[key] = [{row["id"] for row in neighbours} for neighbours in hits]
-        true = self._true[key]
-        true = true[: len(found)]
-        num_found = sum(len(wanted & set(ids)) for wanted, ids in zip(true, found, strict=True))
-        return round(num_found / max(1, sum(len(wanted) for wanted in true)), 4)
+        return _share_found(self._true[key][: len(found)], found)
 
     def _follow(self) -> None:
         """The functions of the newest version, with the queries of the bench in the place of an encoder."""
@@ -255,6 +252,12 @@ def _beeline(jdbc: str, statements: Sequence[str]) -> tuple[list[float], list[li
         told = [line for line in done.stderr.splitlines() if "rror" in line]
         raise RunError(f"beeline answered {len(took)} of {len(statements)} queries: {(told or ['no error told'])[0]}")
     return took, found
+
+
+def _share_found(true: Sequence[set[int]], found: Sequence[Sequence[int]]) -> float:
+    """Recall: how much of the true neighbours of each query is among what was found for it."""
+    num_found = sum(len(wanted & set(ids)) for wanted, ids in zip(true, found, strict=True))
+    return round(num_found / max(1, sum(len(wanted) for wanted in true)), 4)
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -400,8 +400,7 @@ def _serve(args: argparse.Namespace) -> int:
     tables = tables_of(args.table)
     endpoint = Endpoint(
         host=args.bind, port=args.port, keystore=args.tls_keystore, users=args.users, connect=args.connect
-    )
-    endpoint = endpoint.checked()
+    ).checked()
     catalog = (args.catalog or default_catalog()).absolute()
 
     def ready(told: dict[str, Any]) -> None:

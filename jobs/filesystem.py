@@ -124,21 +124,20 @@ class FileSystem:
                 return local.read_text()
             except FileNotFoundError:
                 return None
-        for attempt in range(READ_ATTEMPTS):
+        attempts = 0
+        while True:
+            attempts += 1
             try:
                 stream = self._fs.open(self._path(path))
+                try:
+                    return str(self._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
+                finally:
+                    stream.close()
             except Py4JJavaError as error:
                 if _is_java(error, "FileNotFound"):
                     return None
-                raise
-            try:
-                return str(self._jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8"))
-            except Py4JJavaError as error:
-                if not _was_replaced(error) or attempt == READ_ATTEMPTS - 1:
+                if attempts == READ_ATTEMPTS or not _was_replaced(error):
                     raise
-            finally:
-                stream.close()
-        raise AssertionError("the last attempt returns or raises")
 
     def create(self, path: str, text: str) -> bool:
         """Writes a new file; False when it exists already.
@@ -238,11 +237,7 @@ def java_reason(error: Py4JJavaError) -> str:
 
 def _was_replaced(error: Py4JJavaError) -> bool:
     """Whether a store no longer has the file that was opened: S3 reads that one or none (If-Match, status 412)."""
-    return (
-        _is_java(error, "FileNotFound")
-        or _is_java(error, "RemoteFileChanged")
-        or "Status Code: 412" in java_reason(error)
-    )
+    return _is_java(error, "RemoteFileChanged") or "Status Code: 412" in java_reason(error)
 
 
 def _is_java(error: Py4JJavaError, name: str) -> bool:

@@ -3,7 +3,7 @@
 from shoal.jobs.cells import FRESH
 from shoal.jobs.hashing import quoted
 from shoal.jobs.served_table import Column
-from shoal.jobs.sql_parts import CODE, ONE, SqlParts, checked_k, k_parameter, literal, refuse, wrong_number
+from shoal.jobs.sql_parts import ONE, SqlParts, checked_k, k_parameter, refuse
 
 NEAR = "shoal_near"
 
@@ -23,7 +23,7 @@ def join(sql: SqlParts) -> str:
     with the block that they are in, `b` blocks, `d` blocks in columns; `n` has a row for each two blocks that meet, `p`
     and `s` one for each pair, `r` its rank.
     """
-    name, dim = f"{sql.served.name}_join", sql.served.dim
+    name = f"{sql.served.name}_join"
     about = (
         f"For each of many vectors, given with ids, the k chunks of table {sql.served.name} nearest to it, in no "
         "order. Exact; with `probes` each vector looks in so many cells of the index."
@@ -35,7 +35,7 @@ def join(sql: SqlParts) -> str:
     query_id = Column("query_id" if "query_id" not in taken else "shoal_query_id", "STRING")
 
     threshold = f"{quoted(name)}.`threshold`"
-    size = max(6, min(11, (BLOCK_NUMBERS // dim).bit_length() - 1))
+    size = max(6, min(11, (BLOCK_NUMBERS // sql.served.dim).bit_length() - 1))
     num_parts = max(1, min(sql.served.bytes // PART_BYTES, MOST_PARTS))
     asked = f"{quoted(name)}.`probes`"
     cell, looked_in = str(FRESH), f"array({FRESH})"
@@ -45,10 +45,13 @@ def join(sql: SqlParts) -> str:
         looked_in = f"CASE WHEN {asked} IS NULL THEN array({FRESH}) ELSE array_append({near}, {FRESH}) END"
     key = ", ".join(f"t.{quoted(column.name)}" for column in [*sql.served.keys, Column("chunk_index", "INT")])
     in_order = "(a, b) -> CASE WHEN a.`key` < b.`key` THEN -1 WHEN a.`key` > b.`key` THEN 1 ELSE 0 END"
+    leave_out = "leave it out (WHERE embedding IS NOT NULL)"
+    which = "coalesce(concat(' of ', g.`__query`.`id`), '')"
+    vector = sql.checked_vector(name, "g.`__query`.`vector`", leave_out, which)
     parts = {
         # The argument stands here alone: it may be an array of many megabytes, and each place would get its own.
         "g": f"SELECT posexplode({_given(name, threshold)}) AS (`__at`, `__query`) FROM {ONE}",
-        "q": f"SELECT g.`__at`, g.`__query`.`id` AS `__id`, {_checked(name, dim)} AS `__vector` FROM g",
+        "q": f"SELECT g.`__at`, g.`__query`.`id` AS `__id`, {vector} AS `__vector` FROM g",
         "c": f"SELECT q.*, {looked_in} AS `__cells` FROM q",
         "e": "SELECT c.`__at`, c.`__id`, c.`__vector`, explode(c.`__cells`) AS `__cell` FROM c",
         "a": (
@@ -97,23 +100,4 @@ def _given(name: str, threshold: str) -> str:
     return (
         f"CASE WHEN NOT ({checked_k(name)}) THEN NULL WHEN NOT coalesce({finite}, true) THEN {told} "
         f"ELSE coalesce({quoted(name)}.`queries`, {nothing}) END"
-    )
-
-
-def _checked(name: str, dim: int) -> str:
-    """The vector of one query as the table's are, or the failure of the query."""
-    vector = "g.`__query`.`vector`"
-
-    def told(*parts: str) -> str:
-        """`parts` are expressions."""
-        which = "coalesce(concat(' of ', g.`__query`.`id`), '')"
-        return f"raise_error(concat({', '.join([literal(f'[{CODE}] {name}: the vector'), which, *parts])}))"
-
-    nothing = told(literal(" is NULL; leave it out (WHERE embedding IS NOT NULL)"))
-    wrong = told(literal(" has elements that are NULL or not finite; give numbers"))
-    advice = f" elements and those of the table have {dim}; encode it with the encoder of the table"
-    width = told(literal(" has "), f"CAST(size({vector}) AS STRING)", literal(advice))
-    return (
-        f"CASE WHEN {vector} IS NULL THEN {nothing} WHEN size({vector}) <> {dim} THEN {width} "
-        f"WHEN exists({vector}, x -> {wrong_number('x')}) THEN {wrong} ELSE CAST({vector} AS ARRAY<FLOAT>) END"
     )

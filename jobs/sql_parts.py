@@ -174,6 +174,29 @@ class SqlParts:
         encoded = f"{EMBED}('{self.served.encoder_key}', {text}) AS `__e`"
         return f"v AS (SELECT {encoded}, {' AND '.join(checks)} AS `__ok`{more}){after}"
 
+    def checked_vector(self, name: str, vector: str, absent: str, which: str = "''") -> str:
+        """The vector, an array of numbers, as those of the table are, or the failure of the query.
+
+        absent: what to do about a NULL. which: an expression, what stands behind "the vector" in all that is told.
+        """
+
+        def told(*parts: str) -> str:
+            """`parts` are expressions."""
+            return f"raise_error(concat({', '.join([literal(f'[{CODE}] {name}: the vector'), which, *parts])}))"
+
+        dim = self.served.dim
+        of_table = (
+            f" elements and those of table {self.served.name} have {dim}; encode it with the encoder of the table"
+        )
+        width = told(literal(" has "), f"CAST(size({vector}) AS STRING)", literal(of_table))
+        wrong = told(literal(" has elements that are NULL or not finite; give numbers"))
+        is_wrong = f"x -> x IS NULL OR isnan(x) OR abs(x) > {MAX_FLOAT}"
+        return (
+            f"CASE WHEN {vector} IS NULL THEN {told(literal(f' is NULL; {absent}'))} "
+            f"WHEN size({vector}) <> {dim} THEN {width} WHEN exists({vector}, {is_wrong}) THEN {wrong} "
+            f"ELSE CAST({vector} AS ARRAY<FLOAT>) END"
+        )
+
     def refused(self, name: str, told: str) -> str:
         """The body of a function that cannot be had, and says why."""
         nothing = ", ".join(f"CAST(NULL AS {column.type})" for column in self.columns)
@@ -229,11 +252,6 @@ def checked_query(name: str) -> str:
     query = f"make_valid_utf8({quoted(name)}.`query`)"
     blank = refuse(name, "the query is NULL or blank; write what to look for")
     return f"CASE WHEN coalesce({query} RLIKE r'\\S', false) THEN {query} ELSE {blank} END"
-
-
-def wrong_number(x: str) -> str:
-    """Whether an element of a vector is none that a float can hold."""
-    return f"{x} IS NULL OR isnan({x}) OR abs({x}) > {MAX_FLOAT}"
 
 
 def in_range(value: str, low: float, high: float, refused: str) -> str:

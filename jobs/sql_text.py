@@ -17,7 +17,6 @@ from shoal.jobs.sql_parts import (
     literal,
     query_parameter,
     refuse,
-    wrong_number,
 )
 from shoal.jobs.sql_rerank import mmr, rerank
 
@@ -154,7 +153,8 @@ class _Sql(SqlParts):
         about = f"As {self.served.name}_search, for a vector of {self.served.dim} numbers instead of a text."
         parameters = [("vector", "ARRAY<DOUBLE>", "the query vector", None), k_parameter(), *self.probes()]
         checked = f"{checked_k(name)} AS `__ok`{self.number_of_probes(name)}"
-        v = f"v AS (SELECT {self._checked_vector(name)} AS `__e`, {checked})"
+        vector = self.checked_vector(name, f"{quoted(name)}.`vector`", "give an array of numbers")
+        v = f"v AS (SELECT {vector} AS `__e`, {checked})"
         return self.function(name, parameters, about, f"WITH {v}{self.cells()} {self.best_k(name)}")
 
     def best(self) -> str:
@@ -212,17 +212,3 @@ class _Sql(SqlParts):
         others = self.scored(best, f"NOT ({same})")
         body = f"WITH {row}, {v}{self.cells('v.`__es`')} {self.best_k(name, others)}"
         return self.function(name, [*parameters, k_parameter(), *self.probes()], about, body)
-
-    def _checked_vector(self, name: str) -> str:
-        vector, dim = f"{quoted(name)}.`vector`", self.served.dim
-        width = (
-            f"raise_error(concat('[{CODE}] {name}: the vector has ', CAST(size({vector}) AS STRING), "
-            f"' elements and those of table {self.served.name} have {dim}; encode it with the encoder of the table'))"
-        )
-        return (
-            f"CASE WHEN {vector} IS NULL THEN {refuse(name, 'the vector is NULL; give an array of numbers')} "
-            f"WHEN size({vector}) <> {dim} THEN {width} "
-            f"WHEN exists({vector}, x -> {wrong_number('x')}) "
-            f"THEN {refuse(name, 'the vector has elements that are NULL or not finite; give numbers')} "
-            f"ELSE CAST({vector} AS ARRAY<FLOAT>) END"
-        )

@@ -95,12 +95,17 @@ class Endpoint:
         found = replace(self, port=_free_port(f"--bind {self.host} --port", self.host, self.port))
         if self.connect is None:
             return found
-        if self.users is not None and not os.environ.get(CONNECT_TOKEN):
-            raise ConfigError(
-                f"--connect beside --users without {CONNECT_TOKEN}: Spark Connect would let everybody on this machine "
-                "in without a password; set it to a secret that its clients send as token"
-            )
+        if self.users is not None or not self.is_loopback:
+            self.require_token()
         return replace(found, connect=_free_port("--connect", LOOPBACK, self.connect))
+
+    def require_token(self) -> None:
+        """ConfigError where JDBC clients are asked for passwords, and those of Spark Connect would be for nothing."""
+        if self.connect is not None and not os.environ.get(CONNECT_TOKEN):
+            raise ConfigError(
+                f"--connect beside passwords without {CONNECT_TOKEN}: Spark Connect would let everybody here in "
+                "without one; set it to a secret that its clients send as token"
+            )
 
 
 def _free_port(told: str, host: str, port: int) -> int:
@@ -240,6 +245,8 @@ def require_authentication(spark: SparkSession, endpoint: Endpoint, catalog: Pat
         authenticate_by(spark, endpoint.users, catalog / CLASSES)
         return
     found = str(spark._jsc.hadoopConfiguration().get("hive.server2.authentication", "NONE")).upper()
+    if found != "NONE":
+        endpoint.require_token()
     if not endpoint.is_loopback and found not in ("LDAP", "KERBEROS", "CUSTOM", "PAM"):
         raise ConfigError(
             f"--bind {endpoint.host} with hive.server2.authentication {found} asks nobody for a password; give --users "

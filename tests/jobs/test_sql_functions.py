@@ -228,7 +228,7 @@ def test_a_query_is_encoded_once_in_every_form(spark: SparkSession, docs: Functi
         ("docs_join(array(struct('a', NULL)), 3)", "docs_join: the vector of a is NULL; leave it out"),
         (
             "docs_join(array(struct('a', array(1, 2))), 3)",
-            "the vector of a has 2 elements and those of the table have 8",
+            "the vector of a has 2 elements and those of table docs have 8",
         ),
         (
             "docs_join(array(struct(NULL, array(1, 2, 3, 4, 5, 6, 7, NULL))), 3)",

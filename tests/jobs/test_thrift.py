@@ -64,7 +64,7 @@ def test_spark_connect_is_no_way_round_the_passwords(tmp_path: Path, monkeypatch
     set_password(tmp_path / "users", "ada", "a long secret")
     endpoint = Endpoint(port=0, users=tmp_path / "users", connect=0)
     monkeypatch.delenv("SPARK_CONNECT_AUTHENTICATE_TOKEN", raising=False)
-    with pytest.raises(ConfigError, match="--connect beside --users without SPARK_CONNECT_AUTHENTICATE_TOKEN"):
+    with pytest.raises(ConfigError, match="--connect beside passwords without SPARK_CONNECT_AUTHENTICATE_TOKEN"):
         endpoint.checked()
     monkeypatch.setenv("SPARK_CONNECT_AUTHENTICATE_TOKEN", "another secret")
     assert endpoint.checked().connect

@@ -70,11 +70,11 @@ class Cluster:
 
     def executors(self) -> list[int]:
         """Process ids of the executors."""
-        return [pid for pid, line in self._below() if "CoarseGrainedExecutorBackend" in line]
+        return [pid for pid, line in self._below(self._daemons) if "CoarseGrainedExecutorBackend" in line]
 
     def python_workers(self) -> list[int]:
         """Process ids of the Python workers, and of the daemons that fork them."""
-        return [pid for pid, line in self._below() if "pyspark.daemon" in line]
+        return [pid for pid, line in self._below(self._daemons) if "pyspark.daemon" in line]
 
     def kill(self) -> None:
         """SIGKILL to the daemons and to everything below them."""
@@ -87,10 +87,10 @@ class Cluster:
         for daemon in daemons:
             daemon.wait()
 
-    def _below(self, daemons: Sequence[subprocess.Popen[bytes]] | None = None) -> list[tuple[int, str]]:
-        """Process ids and command lines of all descendants of these daemons; unset: of all."""
+    def _below(self, daemons: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, str]]:
+        """Process ids and command lines of all descendants of these daemons."""
         parents, commands = processes()
-        mine = {daemon.pid for daemon in (self._daemons if daemons is None else daemons)}
+        mine = {daemon.pid for daemon in daemons}
         found: list[tuple[int, str]] = []
         grown = True
         while grown:
