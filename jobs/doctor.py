@@ -15,6 +15,7 @@ from shoal.jobs.canary_store import probe_of
 from shoal.jobs.encoder_tasks import encoder_tasks, map_encoders, wait_for_executors
 from shoal.jobs.meter import human
 from shoal.jobs.prepare import Described, describe_encoders, options_of, worker_error
+from shoal.jobs.session import DYNAMIC
 from shoal.udfs.schema import PROBE_OUTPUT_DDL
 from shoal.udfs.vectors import MIN_COSINE, cosines
 from shoal.udfs.visit_udf import make_visit
@@ -59,7 +60,7 @@ def visit(spark: SparkSession, config: RunConfig, described: Described) -> list[
     num_slots = encoder_tasks(spark).slots
     # A barrier starts all tasks at once, so that no executor does the work of another; it needs every slot free, and
     # Spark has none where executors come and go.
-    barrier = spark.conf.get("spark.dynamicAllocation.enabled", "false") != "true"
+    barrier = spark.conf.get(DYNAMIC, "false") != "true"
     try:
         each_slot = spark.range(0, num_slots, 1, num_slots)
         rows = map_encoders(each_slot, spec, look, PROBE_OUTPUT_DDL, barrier=barrier).collect()

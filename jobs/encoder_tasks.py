@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import pyarrow as pa
@@ -13,12 +14,11 @@ from pyspark.sql import DataFrame, SparkSession
 from shoal.conf.errors import ConfigError
 from shoal.conf.target import ENCODERS_PER_GPU
 from shoal.jobs.model_files import send_model
-from shoal.jobs.session import is_local, slots
+from shoal.jobs.session import DYNAMIC, is_local, slots
 from shoal.udfs.encoder_spec import EncoderSpec
 
 GPUS = "spark.executor.resource.gpu.amount"
 GPUS_OF_ALL = "spark.task.resource.gpu.amount"
-DYNAMIC = "spark.dynamicAllocation.enabled"
 
 SETTLED_S = 5.0
 WAIT_S = 30.0
@@ -90,6 +90,11 @@ def wait_for_executors(spark: SparkSession) -> int:
     return found
 
 
+def failed_tasks(spark: SparkSession) -> dict[str, int]:
+    """Tasks that have failed on each executor that is there now, by its name, those without any left out."""
+    return {f"{each.id()} ({each.hostPort()})": each.failedTasks() for each in _executors(spark) if each.failedTasks()}
+
+
 def sharing_of(text: str) -> int:
     """How many tasks encode on one GPU at the same time, by the Spark property; ConfigError for what is no number."""
     if not text.isdecimal() or int(text) < 1:
@@ -101,9 +106,13 @@ def sharing_of(text: str) -> int:
 
 def _cores_of_executors(spark: SparkSession) -> list[int]:
     """Cores that each executor offers, of those that are there now."""
+    return [each.totalCores() for each in _executors(spark) if each.id() != "driver" and each.totalCores()]
+
+
+def _executors(spark: SparkSession) -> list[Any]:
+    """Spark's own summaries of the driver and of the executors that are there now."""
     known = spark.sparkContext._jsc.sc().statusStore().executorList(True)  # type: ignore[attr-defined]
-    executors = [known.apply(index) for index in range(known.size())]
-    return [each.totalCores() for each in executors if each.id() != "driver" and each.totalCores()]
+    return [known.apply(index) for index in range(known.size())]
 
 
 def _profile(context: SparkContext, cores: int, sharing: int) -> ResourceProfile:

@@ -10,7 +10,7 @@ from shoal.conf.run import RunConfig
 from shoal.jobs.bookkeeping import Bookkeeper
 from shoal.jobs.canary_store import Probe, load_probe, save_probe
 from shoal.jobs.encode_stage import encode_waves
-from shoal.jobs.encoder_tasks import encoder_tasks
+from shoal.jobs.encoder_tasks import encoder_tasks, failed_tasks
 from shoal.jobs.estimate import Estimate, estimate
 from shoal.jobs.filesystem import join
 from shoal.jobs.have import Have, find_have, look_back
@@ -23,6 +23,7 @@ from shoal.jobs.progress import Points, shown_progress
 from shoal.jobs.publish import assemble
 from shoal.jobs.published import Published
 from shoal.jobs.reconcile import Account, reconcile
+from shoal.jobs.session import is_local
 from shoal.jobs.staging import staged_errors, staged_vectors
 from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.progress import ProgressReceiver, ProgressTarget
@@ -126,6 +127,7 @@ class EncoderWork:
             lease.check()
             hooks.step(f"{step_prefix}{name}")
 
+        failed = failed_tasks(self.spark)
         host = self.spark.conf.get("spark.driver.host") or "127.0.0.1"
         # Workers send to the address that the driver advertises; it need not be one that this host can bind.
         bound = self.spark.conf.get("spark.driver.bindAddress", host) or host
@@ -147,6 +149,12 @@ class EncoderWork:
                     warn=warn,
                 )
             totals = receiver.totals()
+        for executor, number in failed_tasks(self.spark).items():
+            if number > failed.get(executor, 0) and not is_local(self.spark.sparkContext.master or ""):
+                warn(
+                    f"{number - failed.get(executor, 0)} tasks failed on executor {executor} and were done again; its "
+                    "log says why, and `shoal doctor` visits every executor"
+                )
         padding = 1 - totals.tokens / totals.padded if totals.padded else None
         return Encoded(points, padding, probe.report["parity"]["min"])
 

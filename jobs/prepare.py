@@ -1,7 +1,7 @@
 """What a run settles before it plans: the encoder with its fingerprint, and how it will publish."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,20 @@ from shoal.conf.redact import scrub
 from shoal.conf.run import EncoderConfig, RunConfig
 from shoal.jobs.canary_store import Probe, known_precision, probe_of
 from shoal.jobs.cells import CELL
-from shoal.jobs.encoder_tasks import map_encoders
+from shoal.jobs.encoder_tasks import encoder_tasks, map_encoders
 from shoal.jobs.filesystem import full_disk
 from shoal.jobs.layout import TableRef
 from shoal.jobs.model_source import pinned_reference, resolve_spec
 from shoal.jobs.publish import missing_constraints
 from shoal.jobs.published import Published
+from shoal.jobs.session import is_local
 from shoal.jobs.source import SourceRows
 from shoal.udfs.encode_udf import make_probe
 from shoal.udfs.encoder import EncodeOptions
 from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.schema import PROBE_OUTPUT_DDL
 from shoal.udfs.terms_udf import terms_udf
+from shoal.udfs.vectors import MIN_COSINE, cosines
 
 
 @dataclass(frozen=True)
@@ -152,16 +154,37 @@ def options_of(config: RunConfig, *, role: str = "document") -> EncodeOptions:
 
 
 def try_out(spark: SparkSession, spec: EncoderSpec, options: EncodeOptions) -> tuple[Probe, EncoderSpec]:
-    """Loads the model in one task, settles precision and back end, checks parity, and encodes the canaries."""
+    """Loads the model, settles precision and back end, checks parity, and encodes the canaries.
+
+    On a cluster in a task for each slot, up to MOST_TRIALS: what one of them says the table is held against for ever.
+    WorkerError where they do not agree.
+    """
+    num_tasks = 1 if is_local(spark.sparkContext.master or "") else min(encoder_tasks(spark).slots, MOST_TRIALS)
     try:
-        one = spark.range(0, 1, 1, 1)
-        row = map_encoders(one, spec, make_probe(spec, options), PROBE_OUTPUT_DDL).collect()[0]
+        tasks = spark.range(0, num_tasks, 1, num_tasks)
+        rows = map_encoders(tasks, spec, make_probe(spec, options), PROBE_OUTPUT_DDL).collect()
     except (PySparkException, Py4JJavaError) as error:
         raise worker_error(error) from error
-    told = probe_of("", row["report"], row["vectors"]).report
+    told = probe_of("", rows[0]["report"], rows[0]["vectors"]).report
     resolved = replace(spec, precision=told["precision"], backend=told["backend"])
-    return probe_of(resolved.fingerprint, row["report"], row["vectors"]), resolved
+    probes = [probe_of(resolved.fingerprint, row["report"], row["vectors"]) for row in rows]
+    require_agreement(probes)
+    return probes[0], resolved
 
+
+def require_agreement(probes: Sequence[Probe]) -> None:
+    """WorkerError where trials of one encoder gave other vectors than the first of them."""
+    limit = min(MIN_COSINE[probe.report["precision"]] for probe in probes)
+    lowest = min(float(cosines(probes[0].canaries.vectors_CD, probe.canaries.vectors_CD).min()) for probe in probes)
+    if not lowest >= limit:
+        raise WorkerError(
+            f"executors give different vectors for the same texts (lowest cosine {lowest:.7f}, allowed {limit:.7f}), "
+            "and nothing says yet which are right; `shoal doctor` visits each and names them",
+            code="CANARIES_MOVED",
+        )
+
+
+MOST_TRIALS = 64
 
 UNFIT = {
     "PYTHON_VERSION_MISMATCH": "the workers have another Python than the driver",

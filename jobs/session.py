@@ -50,6 +50,24 @@ _LOCAL_DEFAULTS = {
     "spark.ui.enabled": "false",
 }
 
+DYNAMIC = "spark.dynamicAllocation.enabled"
+NO_LIMIT = 2**31 - 1
+"""How Spark says that there may be any number of executors."""
+
+EXCLUDING = "spark.excludeOnFailure."
+_CLUSTER_DEFAULTS = {
+    # An executor that fails whatever it is given (a broken GPU, a full disk) is left out, instead of failing one task
+    # so often that the run ends. Spark's own limit, one attempt for each executor, takes small clusters their retries.
+    f"{EXCLUDING}taskAndStage.enabled": "true",
+    f"{EXCLUDING}task.maxTaskAttemptsPerExecutor": "2",
+    f"{EXCLUDING}task.maxTaskAttemptsPerNode": "3",
+    # One broken GPU is no reason to do without the others of its node.
+    f"{EXCLUDING}stage.maxFailedExecutorsPerNode": "1000",
+    # So long a task that no executor may have waits for another one to join.
+    "spark.scheduler.excludeOnFailure.unschedulableTaskSetTimeout": "30s",
+}
+"""For masters that are not local, unless the user says anything of it; Spark wants fewer attempts than it allows."""
+
 
 def open_spark(
     settings: SparkConfig, *, app_name: str, log_file: Path | None = None, places: Iterable[str] = ()
@@ -107,6 +125,10 @@ def _configured(settings: SparkConfig, app_name: str, wanted: Iterable[Artifact]
     if master.startswith("local"):
         defaults |= _LOCAL_DEFAULTS
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    elif int(conf.get("spark.task.maxFailures", "4") or 4) > 3 and not any(
+        key.startswith(EXCLUDING) for key, _ in conf.getAll()
+    ):
+        defaults |= _CLUSTER_DEFAULTS
     lacking = [artifact for artifact in (delta(), *wanted) if not _has(conf, artifact.word)]
     # Asking Ivy takes seconds at every start; the executors of a cluster need what it has found.
     known = [artifact for artifact in lacking if is_local(master) and artifact.fetched()]
@@ -200,8 +222,17 @@ def is_local(master: str) -> bool:
 
 
 def slots(spark: SparkSession) -> int:
-    """Tasks that run at the same time, as far as Spark knows now."""
-    return max(1, spark.sparkContext.defaultParallelism)
+    """Tasks that run at the same time, as far as Spark knows now; where executors come and go, at most."""
+    return slots_by(spark.sparkContext.getConf(), spark.sparkContext.defaultParallelism)
+
+
+def slots_by(conf: SparkConf, now: int) -> int:
+    """Slots with as many executors as dynamic allocation may ask for; `now`: what those have that are there."""
+    most = int(conf.get("spark.dynamicAllocation.maxExecutors") or NO_LIMIT)
+    if conf.get(DYNAMIC, "false") != "true" or most >= NO_LIMIT:
+        return max(1, now)
+    tasks = int(conf.get("spark.executor.cores", "1") or 1) // int(conf.get("spark.task.cpus", "1") or 1)
+    return max(1, now, most * max(1, tasks))
 
 
 def _has(conf: SparkConf, word: str) -> bool:

@@ -15,6 +15,8 @@ import yaml
 from cluster import Cluster, clean_environment, die_with_parent
 from pyspark.sql import SparkSession
 
+from shoal.conf.loader import load_run
+from shoal.jobs.embed import embed
 from shoal.udfs.hash_encoder import hash_vectors
 from shoal.udfs.vectors import cosines
 
@@ -33,12 +35,18 @@ conf:
   spark.databricks.delta.snapshotPartitions: 2
   spark.log.structuredLogging.enabled: true
 """
+SECURED = """\
+  spark.authenticate: true
+  spark.authenticate.secret: ${CLUSTER_SECRET}
+  spark.network.crypto.enabled: true
+"""
+SECRET = "known-to-master-and-workers"
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two workers of one core each."""
-    started = Cluster(tmp_path_factory.mktemp("cluster"), memory="1g")
+    """Two workers of one core each, for whoever knows the secret."""
+    started = Cluster(tmp_path_factory.mktemp("cluster"), memory="1g", secret=SECRET)
     try:
         started.wait()
         yield started
@@ -59,7 +67,7 @@ def elsewhere(tmp_path: Path) -> Path:
 @pytest.fixture
 def target(cluster: Cluster, tmp_path: Path) -> Path:
     path = tmp_path / "target.yaml"
-    path.write_text(TARGET.format(cluster.address, 2))
+    path.write_text(TARGET.format(cluster.address, 2) + SECURED)
     return path
 
 
@@ -70,7 +78,7 @@ def shoal(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 def started(folder: Path, *words: object) -> subprocess.Popen[str]:
-    env = clean_environment() | {"SPARK_LOCAL_IP": "127.0.0.1"}
+    env = clean_environment() | {"SPARK_LOCAL_IP": "127.0.0.1", "CLUSTER_SECRET": SECRET}
     command = [str(SHOAL), *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=folder, env=env, text=True, preexec_fn=die_with_parent, **pipes)
@@ -152,9 +160,19 @@ def test_a_submitted_run_from_an_unrelated_folder_publishes_through_two_workers(
     assert staged.count() == 3
     logged = [line for log in cluster.folder.glob("work*/app-*/*/stderr") for line in log.read_text().splitlines()]
     assert any(record["run_id"] in line and json.loads(line)["level"] == "INFO" for line in logged)
+    assert not any(SECRET in text for text in [done.stdout, done.stderr, *logged])
 
 
-def test_a_run_whose_workers_die_goes_on_where_another_joins(
+COMING_AND_GOING = """\
+  spark.executor.cores: 1
+  spark.dynamicAllocation.enabled: true
+  spark.dynamicAllocation.maxExecutors: 2
+  spark.decommission.enabled: true
+  spark.storage.decommission.enabled: true
+"""
+
+
+def test_a_run_whose_workers_leave_or_die_goes_on_where_another_joins(
     elsewhere: Path,
     spark: SparkSession,
     write_rows: Callable[..., Path],
@@ -167,13 +185,14 @@ def test_a_run_whose_workers_die_goes_on_where_another_joins(
     try:
         cluster.wait()
         target = tmp_path / "target.yaml"
-        target.write_text(TARGET.format(cluster.address, 2))
+        target.write_text(TARGET.format(cluster.address, 2) + COMING_AND_GOING)
         staging = tmp_path / "out/docs__shoal/staging/_delta_log"
         with started(elsewhere, "submit", path, "--target", target, "--json") as run:
             # The first commit makes the table, the second one is the first wave.
-            while run.poll() is None and len(list(staging.glob("*.json"))) < 2:
-                time.sleep(0.05)
-            cluster.kill_workers()
+            for num_commits, happens in ((2, cluster.withdraw_worker), (4, cluster.kill_workers)):
+                while run.poll() is None and len(list(staging.glob("*.json"))) < num_commits:
+                    time.sleep(0.05)
+                happens()
             joined = cluster.add_worker()
             stdout, stderr = run.communicate(timeout=600)
     finally:
@@ -187,12 +206,74 @@ def test_a_run_whose_workers_die_goes_on_where_another_joins(
     assert waves.count() == 8
 
 
+BROKEN = """\
+import hashlib
+
+class Broken:
+    def __init__(self, text):
+        self.text = text
+
+    def digest(self, length):
+        return bytes(length)
+
+hashlib.shake_128 = Broken
+"""
+
+
+@pytest.fixture
+def half_broken(tmp_path: Path) -> Iterator[Cluster]:
+    """Two workers; the Python of the last one hashes all texts to one vector, as a broken GPU might."""
+    (tmp_path / "sitecustomize.py").write_text(BROKEN)
+    made = Cluster(tmp_path / "half-broken", num_workers=1)
+    try:
+        made.add_worker(PYTHONPATH=str(tmp_path))
+        made.wait()
+        (tmp_path / "half-broken.yaml").write_text(TARGET.format(made.address, 2))
+        yield made
+    finally:
+        made.kill()
+
+
+def test_an_executor_whose_vectors_are_wrong_is_left_out_and_told_of(
+    half_broken: Cluster, elsewhere: Path, spark: SparkSession, write_rows: Callable, run_file: Callable, tmp_path: Path
+) -> None:
+    write_rows([{"id": "0", "body": "text number 0"}])
+    path = run_file(encode={"wave_chunks": 100})
+    embed(spark, load_run(path))
+    write_rows([{"id": str(index), "body": f"text number {index}"} for index in range(400)])
+
+    done = shoal(elsewhere, "submit", path, "--target", tmp_path / "half-broken.yaml", "--json")
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["chunks"]["encoded"] == 399
+    assert any(" tasks failed on executor " in warning for warning in found["warnings"])
+    assert any("CANARIES_MOVED" in log.read_text() for log in half_broken.folder.glob("work1/app-*/*/stderr"))
+    vectors = vectors_of(spark, tmp_path / "out/docs")
+    for key in ("0", "399"):
+        np.testing.assert_array_equal(vectors[key], hash_vectors([f"text number {key}"], 8)[0])
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("half_broken")
+def test_a_first_run_cannot_know_which_executor_is_right(
+    elsewhere: Path, write_rows: Callable, run_file: Callable, tmp_path: Path
+) -> None:
+    write_rows([{"id": "0", "body": "text number 0"}])
+
+    done = shoal(elsewhere, "submit", run_file(), "--target", tmp_path / "half-broken.yaml", "--json")
+
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["code"] == "CANARIES_MOVED"
+    assert "executors give different vectors for the same texts" in done.stderr
+
+
 def test_two_runs_share_a_cluster(
     cluster: Cluster, elsewhere: Path, spark: SparkSession, write_rows: Callable, run_file: Callable, tmp_path: Path
 ) -> None:
     write_rows([{"id": str(index), "body": f"text number {index}"} for index in range(300)])
     target = tmp_path / "target.yaml"
-    target.write_text(TARGET.format(cluster.address, 1))
+    target.write_text(TARGET.format(cluster.address, 1) + SECURED)
     before, runs = applications(cluster), []
     for name in ("one", "two"):
         path = run_file(f"{name}.yaml", destination={"path": f"out/{name}"})

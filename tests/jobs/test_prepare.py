@@ -1,7 +1,8 @@
-"""Errors that cross from a worker to the driver, out of Spark's stack traces."""
+"""Errors that cross from a worker to the driver, out of Spark's stack traces; trials that do not agree."""
 
 from collections.abc import Iterator
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from py4j.protocol import Py4JJavaError
@@ -9,7 +10,9 @@ from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from shoal.conf.errors import WorkerError
-from shoal.jobs.prepare import worker_error
+from shoal.jobs.canary_store import Probe
+from shoal.jobs.prepare import require_agreement, worker_error
+from shoal.udfs.canaries import Canaries
 
 pytestmark = pytest.mark.spark
 
@@ -42,3 +45,20 @@ def test_a_failure_that_is_not_ours_is_a_failed_worker(spark: SparkSession) -> N
 
     assert worker_error(failed.value).code == "WORKER_FAILED"
     assert "ZeroDivisionError: by hand" in str(worker_error(failed.value))
+
+
+def test_executors_have_to_agree_on_the_first_vectors_of_an_encoder() -> None:
+    """Within what the precision allows; the loosest of them where they differ."""
+    ours = np.eye(3, 4, dtype=np.float32)
+    moved = ours.copy()
+    moved[1, 0] = 0.02  # a cosine of 0.9998
+
+    def probe(vectors: np.ndarray, precision: str = "float32") -> Probe:
+        return Probe({"precision": precision}, Canaries("f", vectors))
+
+    require_agreement([probe(ours)])
+    require_agreement([probe(ours), probe(ours), probe(ours)])
+    require_agreement([probe(ours), probe(moved, "bfloat16")])
+    with pytest.raises(WorkerError, match=r"lowest cosine 0\.9998.*, allowed 0\.99999.*shoal doctor") as caught:
+        require_agreement([probe(ours), probe(ours), probe(moved)])
+    assert caught.value.code == "CANARIES_MOVED"

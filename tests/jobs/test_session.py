@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from pyspark import SparkConf
 from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ConfigError
@@ -12,10 +13,12 @@ from shoal.jobs.jars import connectors, delta
 from shoal.jobs.session import (
     CLASS_ARCHIVE,
     DELTA_EXTENSION,
+    _configured,
     _launching,
     default_log_file,
     open_spark,
     slots,
+    slots_by,
 )
 
 pytestmark = pytest.mark.spark
@@ -44,6 +47,46 @@ def test_a_local_session_asks_nobody_for_jars_that_are_there(spark: SparkSession
     assert {str(jar) for artifact in wanted for jar in artifact.fetched()} <= set(class_path)
     options = java.lang.management.ManagementFactory.getRuntimeMXBean().getInputArguments()
     assert any(str(CLASS_ARCHIVE) in option for option in options) == CLASS_ARCHIVE.exists()
+
+
+@pytest.mark.parametrize(
+    ("master", "conf", "is_on"),
+    [
+        ("spark://host:7077", {}, "true"),
+        ("yarn", {"spark.task.maxFailures": "8"}, "true"),
+        ("spark://host:7077", {"spark.task.maxFailures": "3"}, None),
+        ("spark://host:7077", {"spark.excludeOnFailure.application.enabled": "true"}, None),
+        ("local[2]", {}, None),
+    ],
+)
+def test_a_cluster_leaves_failing_executors_out_where_nobody_says_otherwise(
+    spark: SparkSession, master: str, conf: dict[str, str], is_on: str | None
+) -> None:
+    del spark  # with its JVM there is a class for settings
+    found, _ = _configured(SparkConfig(master=master, conf=conf), "shoal tests")
+    assert found.get("spark.excludeOnFailure.taskAndStage.enabled") == is_on
+    attempts = found.get("spark.excludeOnFailure.task.maxTaskAttemptsPerNode")
+    assert attempts is None or int(attempts) < int(found.get("spark.task.maxFailures") or 4)
+
+
+@pytest.mark.parametrize(
+    ("conf", "expected"),
+    [
+        ({}, 3),
+        ({"maxExecutors": "10"}, 3),
+        ({"enabled": "true"}, 3),
+        ({"enabled": "true", "maxExecutors": "2147483647"}, 3),
+        ({"enabled": "true", "maxExecutors": "10"}, 10),
+        ({"enabled": "true", "maxExecutors": "2"}, 3),
+        ({"enabled": "true", "maxExecutors": "10", "cores": "4"}, 40),
+        ({"enabled": "true", "maxExecutors": "10", "cores": "4", "cpus": "3"}, 10),
+    ],
+)
+def test_executors_that_may_come_have_slots_too(spark: SparkSession, conf: dict[str, str], expected: int) -> None:
+    del spark  # with its JVM there is a class for settings
+    names = {"cores": "spark.executor.cores", "cpus": "spark.task.cpus"}
+    settings = {names.get(name, f"spark.dynamicAllocation.{name}"): value for name, value in conf.items()}
+    assert slots_by(SparkConf(loadDefaults=False).setAll(list(settings.items())), 3) == expected
 
 
 def test_the_environment_that_a_jvm_starts_in_is_the_users_with_additions(

@@ -28,34 +28,55 @@ SHORT_LIVED = "-XX:TieredStopAtLevel=1"
 class Cluster:
     """Daemons as processes of their own; `stop` or `kill` ends them, with all executors and Python workers."""
 
-    def __init__(self, folder: Path, *, memory: str = "1g", cores: int = 1, num_gpus: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        memory: str = "1g",
+        cores: int = 1,
+        num_gpus: int = 0,
+        num_workers: int = NUM_WORKERS,
+        secret: str | None = None,
+    ) -> None:
+        """secret: what every application has to know; Spark's processes then encrypt what they say to each other."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.port, self.web = _free_port(), _free_port()
         self.address = f"spark://127.0.0.1:{self.port}"
-        told = folder / "worker.conf"
-        told.write_text(_gpu_settings(folder, num_gpus) if num_gpus else "")
+        told = folder / "daemons.conf"
+        gpus, secured = _gpu_settings(folder, num_gpus) if num_gpus else "", _secured(secret) if secret else ""
+        told.write_text(f"spark.decommission.enabled true\n{gpus}{secured}")
         self._log = (folder / "daemons.log").open("a")
         self._size = ["--cores", str(cores), "--memory", memory, "--properties-file", str(told)]
-        self._daemons = [self._start(folder, "Master", "--port", str(self.port), "--webui-port", str(self.web))]
-        for _ in range(NUM_WORKERS):
+        ports = ["--port", str(self.port), "--webui-port", str(self.web)]
+        self._daemons = [self._start(folder, "Master", *ports, "--properties-file", str(told))]
+        for _ in range(num_workers):
             self.add_worker()
 
-    def add_worker(self) -> Path:
-        """Starts one more worker, which registers by itself; the folder of what it runs."""
+    def add_worker(self, **environment: str) -> Path:
+        """Starts one more worker, which registers by itself; the folder of what it runs.
+
+        environment: more variables of it, which its executors and their Python workers inherit.
+        """
         work = self.folder / f"work{len(self._daemons) - 1}"
         ports = ["--port", str(_free_port()), "--webui-port", str(_free_port())]
         self._daemons.append(
-            self._start(self.folder, "Worker", *ports, *self._size, "--work-dir", str(work), self.address)
+            self._start(
+                self.folder, "Worker", *ports, *self._size, "--work-dir", str(work), self.address, **environment
+            )
         )
         return work
+
+    def withdraw_worker(self) -> None:
+        """Tells the first worker that its machine will go, as a cloud does before it takes one back."""
+        self._daemons[1].send_signal(signal.SIGPWR)
 
     def kill_workers(self) -> None:
         """SIGKILL to all workers and what is below them; the master stays."""
         self._kill(self._daemons[1:])
 
     def wait(self) -> None:
-        """Returns when both workers have registered."""
+        """Returns when all workers have registered."""
         end = time.monotonic() + 120
         while time.monotonic() < end:
             # A master that has just begun to listen may answer with an empty page.
@@ -63,10 +84,10 @@ class Cluster:
                 contextlib.suppress(OSError, ValueError),
                 urllib.request.urlopen(f"http://127.0.0.1:{self.web}/json/") as answer,
             ):
-                if json.load(answer)["aliveworkers"] == NUM_WORKERS:
+                if json.load(answer)["aliveworkers"] == len(self._daemons) - 1:
                     return
             time.sleep(0.3)
-        raise TimeoutError(f"{NUM_WORKERS} workers did not register within two minutes")
+        raise TimeoutError(f"{len(self._daemons) - 1} workers did not register within two minutes")
 
     def executors(self) -> list[int]:
         """Process ids of the executors."""
@@ -100,7 +121,7 @@ class Cluster:
             found += [(pid, commands[pid]) for pid in new]
         return found
 
-    def _start(self, folder: Path, role: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def _start(self, folder: Path, role: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         env = clean_environment() | {
             "SPARK_HOME": str(SPARK_HOME),
             "SPARK_LOCAL_IP": "127.0.0.1",
@@ -111,6 +132,7 @@ class Cluster:
             "PYSPARK_PYTHON": sys.executable,
             "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         }
+        env |= environment
         name = f"org.apache.spark.deploy.{role.lower()}.{role}"
         command = [str(SPARK_HOME / "bin" / "spark-class"), name, "--host", "127.0.0.1", *arguments]
         return subprocess.Popen(
@@ -155,6 +177,10 @@ def _gpu_settings(folder: Path, num_gpus: int) -> str:
     resource = "spark.worker.resource.gpu"
     script = SHIPPED_TARGETS / "discover_gpus.sh"
     return f"{resource}.amount {num_gpus}\n{resource}.discoveryScript {script}\n"
+
+
+def _secured(secret: str) -> str:
+    return f"spark.authenticate true\nspark.authenticate.secret {secret}\nspark.network.crypto.enabled true\n"
 
 
 def _free_port() -> int:
