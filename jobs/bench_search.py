@@ -1,8 +1,9 @@
 """`shoal bench search`: seconds of a search over JDBC, beside plain SQL, NEAREST BY and a library on the same vectors.
 
-A published table of vectors in clusters is searched exactly, by its index, filtered, and again after nights of change.
-Each query is asked through Hive's own JDBC client, which says how long each took; of several rounds the last counts.
-What was found is compared with an exact search by numpy's products.
+A published table of vectors in clusters is searched exactly, by its index, for many vectors at once, filtered, and
+again after nights of change, and it is joined with itself by its index. Each query is asked through Hive's own JDBC
+client, which says how long each took; of several rounds the last counts. What was found is compared with an exact
+search by numpy's products.
 """
 
 import importlib
@@ -22,11 +23,13 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pyspark
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from shoal.conf.errors import ConfigError, RunError
 from shoal.conf.run import EncoderConfig
 from shoal.jobs.export import export
 from shoal.jobs.indexing import VERB, build
+from shoal.jobs.knn import Side, cells_of, join_self, join_sides
 from shoal.jobs.maintenance import maintain
 from shoal.jobs.meter import metering
 from shoal.jobs.model_source import resolve_spec
@@ -37,10 +40,13 @@ from shoal.jobs.sql_functions import Functions
 from shoal.jobs.sql_parts import EMBED
 from shoal.jobs.synthetic_vectors import PER_MILLE, SyntheticVectors
 from shoal.jobs.thrift import Endpoint, session_settings, thrift_server
+from shoal.udfs.knn_join import JoinOptions
 
 K = 10
 QUERIES = 10
+ONLY_K = JoinOptions(K, None)
 BATCH, BATCH_ROUNDS = 1000, 3
+JOINED = 10_000
 WARM_ROUNDS = 5
 """Rounds of searches by the index, each of other queries: they are short, and Java goes on compiling what they run."""
 
@@ -106,6 +112,7 @@ class _Bench:
             "index_seconds": round(seconds, 2),
             "forms": [*before, *self._indexed(), library],
             "batches": self._batches(made["probes"][K]),
+            "join": self._joined(made["probes"][K]),
             "filters": [self._filtered(f"{kind}{share}") for kind in "uc" for share in PER_MILLE if filters],
             "nights": num_nights,
             "after_nights": [],
@@ -129,12 +136,8 @@ class _Bench:
 
     def _batches(self, probes: int) -> list[dict[str, Any]]:
         """BATCH vectors at once, in the session: the median of BATCH_ROUNDS, and the recall of the first QUERIES."""
-        few = f"FROM delta.`{self.table.path}` WHERE id < "
-        asked = f"(SELECT collect_list(struct(id, embedding)) {few}{BATCH})"
-        first = self.spark.sql(f"SELECT embedding {few}{QUERIES} ORDER BY id").collect()
-        vectors_QD = np.array([row["embedding"] for row in first], dtype=np.float32)
-        hits = nearest(self.table.published().rows(self.spark), ["id"], vectors_QD, K)
-        true = [{row["id"] for row in neighbours} for neighbours in hits]
+        asked = f"(SELECT collect_list(struct(id, embedding)) FROM delta.`{self.table.path}` WHERE id < {BATCH})"
+        true = self._first(K)
         measured = []
         for name, cells in (("batch, all cells", ""), ("batch, index", f", probes => {probes}")):
             statement = f"SELECT query_id, id FROM {NAME}_join({asked}, {K}{cells})"
@@ -149,6 +152,39 @@ class _Bench:
             self.say(f"{name}: {BATCH} vectors in {seconds:.3f} s, recall {recall:.3f}")
             measured.append({"form": name, "vectors": BATCH, "seconds": seconds, "recall": recall})
         return measured
+
+    def _joined(self, probes: int) -> dict[str, Any]:
+        """All rows with themselves as by `shoal join --probes`, written as a table; the recall of the first QUERIES.
+
+        `exact_seconds`: what all would take without an index, by what JOINED of them took to meet all.
+        """
+        published, dim = self.table.published(), self.table.dim
+        rows = published.rows(self.spark)
+        every = Side(rows, ("id",), self.table.rows)
+        num_left = min(JOINED, self.table.rows)
+        some = Side(rows.where(F.col("id") < num_left), ("id",), num_left)
+        began = time.monotonic()
+        join_sides(self.spark, some, every, dim, ONLY_K).write.format("noop").mode("overwrite").save()
+        exact = (time.monotonic() - began) * self.table.rows / num_left
+        out = f"{self.table.path}_near"
+        began = time.monotonic()
+        cells = cells_of(self.spark, published, rows, probes)
+        join_self(self.spark, every, dim, ONLY_K, cells).write.format("delta").save(out)
+        seconds = time.monotonic() - began
+        of_first = self.spark.read.format("delta").load(out).where(f"left_id < {QUERIES} OR right_id < {QUERIES}")
+        pairs = [(row["left_id"], row["right_id"]) for row in of_first.collect()]
+        found = [[sum(pair) - n for pair in pairs if n in pair] for n in range(QUERIES)]
+        recall = _share_found([wanted - {n} for n, wanted in enumerate(self._first(K + 1))], found)
+        self.say(f"join, index: {seconds:.1f} s, recall {recall:.3f}; exact, by a part: {exact:.0f} s")
+        took = {"seconds": round(seconds, 2), "exact_seconds": round(exact, 2)}
+        return {"form": "join, index", **took, "recall": recall}
+
+    def _first(self, k: int) -> list[set[int]]:
+        """The true neighbours of the first QUERIES rows, themselves among them."""
+        rows = self.table.published().rows(self.spark)
+        first = rows.where(F.col("id") < QUERIES).orderBy("id").select("embedding").collect()
+        vectors_QD = np.array([row["embedding"] for row in first], dtype=np.float32)
+        return [{row["id"] for row in hits} for hits in nearest(rows, ["id"], vectors_QD, k)]
 
     def _filtered(self, column: str) -> dict[str, Any]:
         by_index = f"SELECT id FROM {NAME}_match('{{q}}', map('{column}', '1'), {K})"
@@ -271,6 +307,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     ]
     told.append(f"{BATCH:,} vectors at once, together")
     told += [_line(form) for form in found["batches"]]
+    told.append(f"all {found['rows']:,} with themselves")
+    told.append(f"{_line(found['join'])} {found['join']['exact_seconds']:7.0f} (exact, by a part)")
     if found["filters"]:
         told.append(f"{'':24} seconds  recall   exact")
         told += [f"{_line(form)} {form['exact_seconds']:7.3f}" for form in found["filters"]]

@@ -250,6 +250,9 @@ def _add_join(verbs: Any) -> None:
         "-k", "--k", type=int, metavar="K", help="neighbours of each chunk (default 10; with --threshold: all)"
     )
     join.add_argument("--threshold", type=float, metavar="T", help="only pairs that score this much or more")
+    join.add_argument(
+        "--probes", type=int, metavar="N", help="look in N cells of RIGHT's index for each chunk; may miss some"
+    )
     join.add_argument("--out", required=True, metavar="TABLE", help="path or catalog name of the table to write")
 
 
@@ -420,7 +423,9 @@ def _join(args: argparse.Namespace) -> int:
     with _spark(SparkConfig(), "shoal join", [args.left, args.right, args.out]) as spark:
         from shoal.jobs import join as verb
 
-        done = verb.join(spark, args.left, args.right, args.out, k=args.k, threshold=args.threshold, say=_say)
+        done = verb.join(
+            spark, args.left, args.right, args.out, k=args.k, threshold=args.threshold, probes=args.probes, say=_say
+        )
         _print(args, done, verb.lines(done))
     return 0
 

@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 from shoal.conf.errors import ConfigError, DestinationError, RunError, first_line
 from shoal.jobs.filesystem import absolute
 from shoal.jobs.hashing import quoted
-from shoal.jobs.knn import Side, join_self, join_sides
+from shoal.jobs.knn import Side, cells_of, join_self, join_sides
 from shoal.jobs.layout import TableRef, table_named
 from shoal.jobs.prepare import worker_error
 from shoal.jobs.published import USER_METADATA, Published, exists, read_settled
@@ -58,22 +58,30 @@ def join(
     *,
     k: int | None = None,
     threshold: float | None = None,
+    probes: int | None = None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Writes the pairs to `out` in one commit and returns the document that `--json` prints.
 
-    Without k all pairs at or above the threshold, without both the 10 nearest. Raises DestinationError when a table is
-    not there, or `out` is something that this verb did not make; ConfigError when the tables have different encoders.
+    Without k all pairs at or above the threshold, without both the 10 nearest; with `probes` each left chunk looks in
+    so many cells of the right table's index, and the fresh one, and may miss some. Raises DestinationError when a table
+    is not there, or `out` is something that this verb did not make; ConfigError when the tables have different
+    encoders, or there is no index to look in; RefusedError when the index is damaged.
     """
     began = time.monotonic()
     options = _options(k, threshold)
+    if probes is not None and probes < 1:
+        raise ConfigError(f"--probes is {probes}; look in at least 1 cell")
     target, is_there = _target(spark, out)
     one = _input(spark, left)
     other = _input(spark, right, one)
     _require_one_encoder(one.published, other.published)
+    cells = None if probes is None else cells_of(spark, other.published, other.rows, probes)
     is_self = one.published.location == other.published.location
     dim = int(one.published.encoder["identity"]["dim"])
-    say(f"joining {one.num_vectors:,} vectors with {'themselves' if is_self else f'{other.num_vectors:,}'}")
+    looked_in = {"probes": cells.probes, "of": len(cells.centroids_CD)} if cells else None
+    told = f", in {looked_in['probes']} of {looked_in['of']} cells" if looked_in else ""
+    say(f"joining {one.num_vectors:,} vectors with {'themselves' if is_self else f'{other.num_vectors:,}'}{told}")
     made_from = {
         "run_id": uuid.uuid4().hex,
         "left": {"table": str(one.published.ref), "version": one.published.version},
@@ -81,13 +89,14 @@ def join(
         "self": is_self,
         "k": options.k,
         "threshold": options.threshold,
+        "cells": looked_in,
         "fingerprint": one.published.fingerprint,
     }
     try:
         pairs = (
-            join_self(spark, one.side, dim, options)
+            join_self(spark, one.side, dim, options, cells)
             if is_self
-            else join_sides(spark, one.side, other.side, dim, options)
+            else join_sides(spark, one.side, other.side, dim, options, cells)
         )
         written = _write(spark, target, pairs, made_from, is_there=is_there)
     except AnalysisException as error:
@@ -104,8 +113,9 @@ def join(
         "self": is_self,
         "k": options.k,
         "threshold": options.threshold,
+        "cells": looked_in,
         "fingerprint": one.published.fingerprint,
-        "pairs_scored": scored,
+        "pairs_scored": None if looked_in else scored,
         "seconds": round(time.monotonic() - began, 3),
     }
 
@@ -117,11 +127,16 @@ def lines(document: dict[str, Any]) -> list[str]:
         without = f", {side['without_vector']:,} without a vector" if side["without_vector"] else ""
         return f"{side['table']} version {side['version']}: {side['rows']:,} chunks{without}"
 
-    rate = document["pairs_scored"] / max(document["seconds"], 1e-3)
+    scored, cells, seconds = document["pairs_scored"], document["cells"], document["seconds"]
+    compared = (
+        f"compared  each chunk with {cells['probes']} of {cells['of']} cells and fresh rows in {seconds:.1f} s"
+        if cells
+        else f"scored    {scored:,} pairs in {seconds:.1f} s: {scored / max(seconds, 1e-3):,.0f} pairs/s"
+    )
     return [
         f"left      {told(document['left'])}",
         "right     the same" if document["self"] else f"right     {told(document['right'])}",
-        f"scored    {document['pairs_scored']:,} pairs in {document['seconds']:.1f} s: {rate:,.0f} pairs/s",
+        compared,
         f"written   {document['pairs_written']:,} pairs to {document['table']} version {document['version']}",
     ]
 

@@ -6,6 +6,9 @@ one `blocks` times; the side is held that makes this the smaller volume, about |
 or a few times the held side. Each task sends at most k pairs for each of its left rows on to the window that merges
 them. A join of a table with itself by threshold alone moves and scores only half: each pair of blocks meets once.
 
+With the cells of an index the right side is cut by them instead, cells larger than a block into several, and a left row
+travels to those that it looks in: some thousandth parts of all pairs are scored, and some neighbours may be missed.
+
 A side of at most SMALL_BYTES is not cut: the driver takes it, packs it, and ships it with the function, and the other
 side is read in place. Nothing else is ever collected, and nothing else is broadcast. Blocks are chosen by a hash of the
 keys, so a block may be some square roots of its rows larger than planned.
@@ -14,20 +17,28 @@ keys, so a block may be some square roots of its rows larger than planned.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 from pyspark.sql.pandas.types import to_arrow_schema
 
+from shoal.conf.errors import ConfigError
+from shoal.jobs.cells import CELL, damaged, read_build
 from shoal.jobs.encode_stage import in_slots
 from shoal.jobs.hashing import quoted
+from shoal.jobs.published import Published
 from shoal.jobs.session import slots
+from shoal.udfs.cell_blocks import SPREAD, CellBlocks
 from shoal.udfs.knn_join import (
     RESIDENT,
     STREAMED,
     TILE_DDL,
     JoinOptions,
+    Place,
+    by_block,
     make_pack,
     make_row_join,
     make_tile_join,
@@ -58,7 +69,26 @@ class Side:
     num_vectors: int
 
     def num_bytes(self, dim: int) -> int:
-        return self.num_vectors * (4 * dim + KEY_BYTES)
+        return self.num_vectors * _row_bytes(dim)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The index of the right side, whose rows have the column `cell`: left rows are compared with `probes` cells each.
+
+    centroids_CD: float32, C at least 1. rows_C: int64 (C,), vectors of each cell; num_fresh: those in none of them,
+    which all left rows are compared with.
+    """
+
+    centroids_CD: npt.NDArray[np.float32]
+    rows_C: npt.NDArray[np.int64]
+    num_fresh: int
+    probes: int
+
+    def blocks(self, row_bytes: int) -> CellBlocks:
+        """As few as hold BLOCK_BYTES at most."""
+        blocks_C = np.maximum(1, -(-self.rows_C * row_bytes // BLOCK_BYTES))
+        return CellBlocks(self.centroids_CD, self.probes, blocks_C)
 
 
 @dataclass(frozen=True)
@@ -76,6 +106,29 @@ class Grid:
     @property
     def num_slots(self) -> int:
         return self.blocks if self.is_half else self.blocks * self.groups
+
+
+def cells_of(spark: SparkSession, published: Published, rows: DataFrame, probes: int) -> Cells:
+    """The index of a table whose `rows` are to be the right side; `probes`: at least 1.
+
+    ConfigError for a table without an index; RefusedError where its centroids are gone.
+    """
+    made = published.index
+    if made is None:
+        raise ConfigError(
+            f"--probes {probes}: table {published.ref} has no index to look in; `shoal index {published.ref}` builds "
+            "one, and without --probes the join is exact"
+        )
+    centroids_CD = read_build(spark, published.ref, made.build)
+    if centroids_CD is None or len(centroids_CD) != made.cells:
+        raise damaged(published.ref, made)
+    rows_C, num_fresh = np.zeros(made.cells, dtype=np.int64), 0
+    for cell, num_vectors in rows.where("error IS NULL").groupBy(CELL).count().collect():
+        if cell is not None and 0 <= cell < made.cells:
+            rows_C[cell] = num_vectors
+        else:
+            num_fresh += num_vectors
+    return Cells(centroids_CD, rows_C, num_fresh, min(probes, made.cells))
 
 
 def plan_grid(left_bytes: int, right_bytes: int, num_slots: int, pair_bytes: int = 0, *, is_half: bool = False) -> Grid:
@@ -99,25 +152,33 @@ def plan_grid(left_bytes: int, right_bytes: int, num_slots: int, pair_bytes: int
     return min(grids, key=lambda each: each[0])[1]
 
 
-def join_sides(spark: SparkSession, left: Side, right: Side, dim: int, options: JoinOptions) -> DataFrame:
+def join_sides(
+    spark: SparkSession, left: Side, right: Side, dim: int, options: JoinOptions, cells: Cells | None = None
+) -> DataFrame:
     """The wanted pairs: left keys as `left_<key>`, right ones as `right_<key>`, score float, rank int from 1.
 
     rank: the place of the right row among those of its left row, by score and then by its keys.
     """
-    found = _pairs(spark, left, right, dim, options, is_half=False)
+    if cells:
+        found = _pairs_in_cells(spark, left, right, dim, options, cells)
+    else:
+        found = _pairs(spark, left, right, dim, options)
     ranked = _ranked(found, _short("l", left), _short("r", right))
     return _named(ranked if options.k is None else ranked.where(F.col(RANK) <= options.k), left, right)
 
 
-def join_self(spark: SparkSession, side: Side, dim: int, options: JoinOptions) -> DataFrame:
+def join_self(spark: SparkSession, side: Side, dim: int, options: JoinOptions, cells: Cells | None = None) -> DataFrame:
     """As `join_sides`, each unordered pair once, the row whose keys come first on the left, and no row with itself.
 
-    With k a pair is there when either row has the other among its k nearest.
+    With k a pair is there when either row has the other among its k nearest; with cells when either finds the other.
     """
     left, right = _short("l", side), _short("r", side)
     # A row may be its own nearest neighbour: with one more wanted, k others are left whether it is or not.
     wanted = options if options.k is None else replace(options, k=options.k + 1)
-    found = _pairs(spark, side, side, dim, wanted, is_half=options.k is None)
+    if cells:
+        found = _pairs_in_cells(spark, side, side, dim, wanted, cells)
+    else:
+        found = _pairs(spark, side, side, dim, wanted, is_half=options.k is None)
     found = found.where(~_as_one(left).eqNullSafe(_as_one(right)))
     if options.k is not None:
         found = _ranked(found, left, right).where(F.col(RANK) <= options.k)
@@ -133,9 +194,11 @@ def join_self(spark: SparkSession, side: Side, dim: int, options: JoinOptions) -
     return _named(_ranked(once, left, right), side, side)
 
 
-def _pairs(spark: SparkSession, left: Side, right: Side, dim: int, options: JoinOptions, *, is_half: bool) -> DataFrame:
+def _pairs(
+    spark: SparkSession, left: Side, right: Side, dim: int, options: JoinOptions, *, is_half: bool = False
+) -> DataFrame:
     """Left keys as l0, l1, .., right ones as r0, r1, .., score: all that are wanted, and with k some more."""
-    schema = T.StructType([*_fields("l", left), *_fields("r", right), T.StructField(SCORE, T.FloatType())])
+    schema = _pair_schema(left, right)
     pairs = pa.schema(to_arrow_schema(schema))
     left_is_smaller = left.num_bytes(dim) <= right.num_bytes(dim)
     small, large = (left, right) if left_is_smaller else (right, left)
@@ -159,8 +222,37 @@ def _pairs(spark: SparkSession, left: Side, right: Side, dim: int, options: Join
         slot = (F.col("block") * grid.groups + F.col("group")).alias("slot")
         of_held = of_held.select(slot, F.lit(RESIDENT).alias("side"), "tile")
         of_streamed = of_streamed.select(slot, F.lit(STREAMED).alias("side"), "tile")
-    met = in_slots(of_held.unionAll(of_streamed), grid.num_slots).sortWithinPartitions("slot", "side")
-    return met.mapInArrow(make_tile_join(options, pairs, left_is_resident=grid.left_is_resident), schema)
+    return _met(of_held.unionAll(of_streamed), grid.num_slots, schema, options, left_is_resident=grid.left_is_resident)
+
+
+def _pairs_in_cells(
+    spark: SparkSession, left: Side, right: Side, dim: int, options: JoinOptions, cells: Cells
+) -> DataFrame:
+    """As `_pairs`; a block of the right side is held, and those left rows stream past that look in its cell.
+
+    Rows that are in none of the cells meet all left rows as they would without an index.
+    """
+    blocks = cells.blocks(_row_bytes(dim))
+    has_cell = F.coalesce(F.col(CELL).between(0, len(cells.centroids_CD) - 1), F.lit(False))
+    indexed = replace(right, rows=right.rows.where(has_cell))
+    held = _packed(_located(indexed, CELL).withColumn(SPREAD, _spread(right)), right, dim, blocks.of_right)
+    streamed = _packed(_located(left), left, dim, blocks.of_left)
+    of_held = held.select(F.col("block").alias("slot"), F.lit(RESIDENT).alias("side"), "tile")
+    of_streamed = streamed.select(F.col("block").alias("slot"), F.lit(STREAMED).alias("side"), "tile")
+    schema = _pair_schema(left, right)
+    found = _met(of_held.unionAll(of_streamed), blocks.num_blocks, schema, options, left_is_resident=False)
+    if not cells.num_fresh:
+        return found
+    fresh = replace(right, rows=right.rows.where(~has_cell), num_vectors=cells.num_fresh)
+    return found.unionAll(_pairs(spark, left, fresh, dim, options))
+
+
+def _met(
+    tiles: DataFrame, num_slots: int, schema: T.StructType, options: JoinOptions, *, left_is_resident: bool
+) -> DataFrame:
+    """The wanted pairs of the tiles that meet in each slot."""
+    join = make_tile_join(options, pa.schema(to_arrow_schema(schema)), left_is_resident=left_is_resident)
+    return in_slots(tiles, num_slots).sortWithinPartitions("slot", "side").mapInArrow(join, schema)
 
 
 def _can_stay(spark: SparkSession, small: Side, large: Side, dim: int) -> bool:
@@ -171,10 +263,17 @@ def _can_stay(spark: SparkSession, small: Side, large: Side, dim: int) -> bool:
 
 
 def _tiles(side: Side, dim: int, num_blocks: int) -> DataFrame:
-    names = _short("k", side)
-    block = F.pmod(F.xxhash64(*names), F.lit(num_blocks)).cast("int")
-    rows = _located(side).select(block.alias("block"), *names, "embedding")
-    return rows.mapInArrow(make_pack(names, dim), TILE_DDL)
+    block = F.pmod(_spread(side), F.lit(num_blocks)).cast("int")
+    return _packed(_located(side).withColumn("block", block), side, dim, by_block)
+
+
+def _packed(located: DataFrame, side: Side, dim: int, place: Place) -> DataFrame:
+    return located.mapInArrow(make_pack(_short("k", side), dim, place), TILE_DDL)
+
+
+def _spread(side: Side) -> Column:
+    """A number for each located row that cuts them into even parts."""
+    return F.xxhash64(*_short("k", side))
 
 
 def _blocks_met(num_blocks: int) -> Column:
@@ -207,14 +306,22 @@ def _named(pairs: DataFrame, left: Side, right: Side) -> DataFrame:
     return pairs.select(*of_left, *of_right, SCORE, RANK)
 
 
-def _located(side: Side) -> DataFrame:
-    """The rows with a vector, their keys named so that neither a dot nor a clash of names is in the way."""
+def _located(side: Side, *others: str) -> DataFrame:
+    """Keys, vector and `others` of the rows with one; the keys named so that no dot or clash of names is in the way."""
     keys = [F.col(quoted(key)).alias(short) for key, short in zip(side.keys, _short("k", side), strict=True)]
-    return side.rows.where(F.col("embedding").isNotNull()).select(*keys, "embedding")
+    return side.rows.where(F.col("embedding").isNotNull()).select(*keys, "embedding", *others)
+
+
+def _row_bytes(dim: int) -> int:
+    return 4 * dim + KEY_BYTES
 
 
 def _short(letter: str, side: Side) -> list[str]:
     return [f"{letter}{index}" for index in range(len(side.keys))]
+
+
+def _pair_schema(left: Side, right: Side) -> T.StructType:
+    return T.StructType([*_fields("l", left), *_fields("r", right), T.StructField(SCORE, T.FloatType())])
 
 
 def _fields(letter: str, side: Side) -> list[T.StructField]:

@@ -46,7 +46,7 @@ COMMAND_LINE = {
     "export": ["--debug", "--json", "--out", "--to", "TABLE"],
     "sql install": ["--catalog", "--debug", "--dry-run", "--json", "--schema", "TABLES"],
     "sql dbt": ["--debug", "--json", "TABLES"],
-    "join": ["--debug", "--json", "--k", "--out", "--threshold", "LEFT", "RIGHT"],
+    "join": ["--debug", "--json", "--k", "--out", "--probes", "--threshold", "LEFT", "RIGHT"],
     "passwd": ["--debug", "--json", "FILE", "USER"],
     "history": ["--debug", "--json", "TABLE"],
     "status": ["--debug", "--json", "--max-lag", "--pending", "TABLES"],

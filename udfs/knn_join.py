@@ -60,6 +60,8 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Places = npt.NDArray[np.int64]
 MapInArrow = Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+Place = Callable[[pa.Table], tuple[Places, Places]]
+"""From rows to row numbers and the block that each goes to: a row may go to several, or to none."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,13 @@ def tiles_of(rows: pa.Table, keys: Sequence[str], dim: int) -> Iterator[Tile]:
         yield _in_key_order(part.select(list(keys)), vectors_ND)
 
 
-def make_pack(keys: Sequence[str], dim: int) -> MapInArrow:
-    """A mapInArrow function from rows with `block` int, `keys` and `embedding` to TILE, each tile of one block."""
+def by_block(rows: pa.Table) -> tuple[Places, Places]:
+    """Each row to the one that its column `block` names."""
+    return np.arange(rows.num_rows), rows.column("block").to_numpy()
+
+
+def make_pack(keys: Sequence[str], dim: int, place: Place = by_block) -> MapInArrow:
+    """A mapInArrow function from rows with `keys`, `embedding` and what `place` reads to TILE, each of one block."""
     names = list(keys)
 
     def pack(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -129,10 +136,10 @@ def make_pack(keys: Sequence[str], dim: int) -> MapInArrow:
         for batch in batches:
             held += [batch] if batch.num_rows else []
             if sum(each.num_rows for each in held) * dim * 4 >= PACK_BYTES:
-                yield from _pack_blocks(held, names, dim)
+                yield from _pack_blocks(held, names, dim, place)
                 held = []
         if held:
-            yield from _pack_blocks(held, names, dim)
+            yield from _pack_blocks(held, names, dim, place)
 
     return pack
 
@@ -411,11 +418,13 @@ def _in_key_order(keys: pa.Table, vectors_ND: Floats) -> Tile:
     return Tile(keys.take(pa.array(order_N)).combine_chunks(), vectors_ND[order_N])
 
 
-def _pack_blocks(held: list[pa.RecordBatch], keys: list[str], dim: int) -> Iterator[pa.RecordBatch]:
+def _pack_blocks(held: list[pa.RecordBatch], keys: list[str], dim: int, place: Place) -> Iterator[pa.RecordBatch]:
     rows = pa.Table.from_batches(held)
-    blocks_N = rows.column("block").to_numpy()
-    for block in np.unique(blocks_N):
-        for tile in tiles_of(rows.filter(pa.array(blocks_N == block)), keys, dim):
+    rows_P, blocks_P = place(rows)
+    order_P = np.argsort(blocks_P, kind="stable")
+    blocks, starts = np.unique(blocks_P[order_P], return_index=True)
+    for block, rows_of in zip(blocks, np.split(rows_P[order_P], starts[1:]), strict=False):
+        for tile in tiles_of(rows.take(pa.array(rows_of)), keys, dim):
             yield pa.RecordBatch.from_arrays([pa.array([block], pa.int32()), pa.array([tile.packed()])], schema=TILE)
 
 

@@ -42,6 +42,8 @@ def test_every_form_is_measured_and_finds_what_it_says(tmp_path: Path) -> None:
     every, some = found["batches"]
     assert (every["recall"], every["vectors"]) == (1, 1000)
     assert 0.8 < some["recall"] <= 1
+    assert found["join"]["seconds"] > 0
+    assert 0.8 < found["join"]["recall"] <= 1
     assert {form["column"] for form in found["filters"]} == {
         f"{kind}{share}" for kind in "uc" for share in (500, 100, 10, 1)
     }

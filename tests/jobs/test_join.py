@@ -1,6 +1,7 @@
 """`shoal join` on published tables: what the result is, what it says of itself, what it refuses."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from pyspark.sql import SparkSession
 from shoal.conf.errors import ConfigError, DestinationError
 from shoal.conf.loader import load_run
 from shoal.jobs import cli
+from shoal.jobs.cells import FRESH
 from shoal.jobs.embed import embed
+from shoal.jobs.indexing import VERB, build
 from shoal.jobs.join import join
+from shoal.jobs.operation import operating
 from shoal.udfs.hash_encoder import hash_vectors
 
 pytestmark = pytest.mark.spark
@@ -168,9 +172,38 @@ def test_what_the_verb_did_not_make_is_never_written_over(
     assert spark.sql(f"DESCRIBE HISTORY delta.`{tables['left']}`").count() == 1
 
 
+def test_an_index_narrows_a_join_to_the_nearest_cells_and_what_is_fresh(
+    spark: SparkSession, tables: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In two cells and with all of them, in one with no more than that; the fresh row is found either way."""
+    copy, out = str(tmp_path / "copy"), str(tmp_path / "pairs")
+    shutil.copytree(tables["right"], copy)
+    shutil.copytree(f"{tables['right']}__shoal", f"{copy}__shoal", dirs_exist_ok=True)
+    with operating(spark, copy, VERB) as operation:
+        build(operation, cells=2)
+    spark.sql(f"UPDATE delta.`{copy}` SET cell = {FRESH} WHERE n = 4")
+
+    assert cli.main(["join", tables["left"], copy, "--k", "3", "--probes", "9", "--out", out]) == 0
+
+    told = capsys.readouterr()
+    assert "compared  each chunk with 2 of 2 cells and fresh rows in " in told.out
+    assert "in 2 of 2 cells" in told.err
+    rows = spark.read.format("delta").load(out).orderBy("left_id", "rank").collect()
+    assert [(row["left_id"], row["right_n"], row["rank"]) for row in rows] == expected(3)
+    one = join(spark, tables["left"], copy, out, k=3, probes=1, say=quiet)
+    assert (one["cells"], one["pairs_scored"]) == ({"probes": 1, "of": 2}, None)
+    rows = spark.read.format("delta").load(out).collect()
+    assert {row["left_id"] for row in rows if row["right_n"] == 4} == {"a", "b", "c"}
+    assert 3 <= len(rows) <= 9
+    made_from = json.loads(spark.sql(f"DESCRIBE DETAIL delta.`{out}`").collect()[0]["properties"]["shoal.join"])
+    assert made_from["cells"] == {"probes": 1, "of": 2}
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
+        ({"probes": 1}, ConfigError, "--probes 1: table .*right has no index to look in; `shoal index .*right` builds"),
+        ({"probes": 0}, ConfigError, "--probes is 0; look in at least 1 cell"),
         ({"k": 0}, ConfigError, "--k, --threshold: k is 0"),
         ({"threshold": float("nan")}, ConfigError, "--k, --threshold: threshold is nan"),
         ({"right": "no/such/table"}, DestinationError, "table '/.*no/such/table': there is no such table"),

@@ -1,13 +1,17 @@
 """Joins of DataFrames, small sides and blocks alike, against all pairs scored by numpy; what a grid moves."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from shoal.jobs import knn
-from shoal.jobs.knn import BLOCK_BYTES, STREAM_BLOCKS, Grid, Side, join_self, join_sides, plan_grid
+from shoal.jobs.cells import FRESH
+from shoal.jobs.knn import BLOCK_BYTES, STREAM_BLOCKS, Cells, Grid, Side, join_self, join_sides, plan_grid
+from shoal.udfs.cells import nearest_cells
 from shoal.udfs.knn_join import JoinOptions
 
 pytestmark = pytest.mark.spark
@@ -157,6 +161,74 @@ def test_a_side_without_vectors_gives_no_pairs(spark: SparkSession, in_blocks: C
     assert pairs_of(join_sides(spark, some, none, DIM, JoinOptions(2, None))) == []
     in_blocks(BLOCKS)
     assert pairs_of(join_sides(spark, none, some, DIM, JoinOptions(2, None))) == []
+
+
+def in_cells(cells: Cells, right: Vectors, fresh: set[int], options: JoinOptions, left: Vectors) -> list[Pair]:
+    """Each left row compared with its nearest cells and with what is fresh."""
+    pairs = []
+    cell_of = nearest_cells(right, cells.centroids_CD)
+    for row in range(len(left)):
+        near = np.argsort(-(cells.centroids_CD @ left[row]), kind="stable")[: cells.probes]
+        seen = [place for place in range(len(right)) if cell_of[place] in near or place in fresh]
+        found = brute(left[row : row + 1], right[seen], options)
+        pairs += [(row, seen[place], score, nth) for _, place, score, nth in found]
+    return pairs
+
+
+@pytest.mark.parametrize("options", [JoinOptions(3, None), JoinOptions(None, 0.2), JoinOptions(200, -1)], ids=str)
+@pytest.mark.parametrize("probes", [1, 2, 4])
+def test_a_row_meets_the_cells_nearest_to_it_and_what_is_in_none(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch, probes: int, options: JoinOptions
+) -> None:
+    """Cells of one block and of several, one without rows, rows that are fresh, and one in a cell that there is not."""
+    monkeypatch.setattr(knn, "BLOCK_BYTES", 20 * (4 * DIM + knn.KEY_BYTES))
+    left, right, centroids, fresh = unit_vectors(40, 9), unit_vectors(200, 10), unit_vectors(5, 11), {3, 30, 99}
+    right = right[nearest_cells(right, centroids) != 4]
+    cell_of = nearest_cells(right, centroids)
+    cells = cells_with(centroids, cell_of, fresh, probes)
+    indexed = placed(spark, side(spark, right), cell_of, fresh)
+
+    found = pairs_of(join_sides(spark, side(spark, left), indexed, DIM, options, cells))
+
+    assert_same(found, in_cells(cells, right, fresh, options, left))
+    if probes == 4:
+        assert (cells.blocks(4 * DIM + knn.KEY_BYTES).blocks_C > 1).any()
+
+
+@pytest.mark.parametrize("options", [JoinOptions(3, None), JoinOptions(None, 0.4)], ids=str)
+def test_within_one_table_all_cells_find_what_all_pairs_do(spark: SparkSession, options: JoinOptions) -> None:
+    vectors, fresh = unit_vectors(80, 12), {0, 79}
+    vectors[20:24] = vectors[20]
+    centroids = unit_vectors(3, 13)
+    cell_of = nearest_cells(vectors, centroids)
+    indexed = placed(spark, side(spark, vectors), cell_of, fresh)
+
+    every = pairs_of(join_self(spark, indexed, DIM, options, cells_with(centroids, cell_of, fresh, 3)))
+    cells = cells_with(centroids, cell_of, fresh, 1)
+    some = pairs_of(join_self(spark, indexed, DIM, options, cells))
+
+    assert_same(every, brute_self(vectors, options))
+    wanted = options if options.k is None else replace(options, k=options.k + 1)
+    met = [pair for pair in in_cells(cells, vectors, fresh, wanted, vectors) if pair[0] != pair[1]]
+    if options.k is not None:
+        nearest = {row: [pair[1] for pair in met if pair[0] == row][: options.k] for row in range(len(vectors))}
+        met = [pair for pair in met if pair[1] in nearest[pair[0]]]
+    assert {pair[:2] for pair in some} == {(min(pair[:2]), max(pair[:2])) for pair in met}
+    scores = scores_of(vectors, vectors)
+    assert all(score == scores[one, other] for one, other, score, _ in some)
+
+
+def cells_with(centroids: Vectors, cell_of: Vectors, fresh: set[int], probes: int) -> Cells:
+    indexed = [cell for place, cell in enumerate(cell_of) if place not in fresh]
+    return Cells(centroids, np.bincount(indexed, minlength=len(centroids)), len(fresh), probes)
+
+
+def placed(spark: SparkSession, of: Side, cell_of: Vectors, fresh: set[int]) -> Side:
+    """The side with its cells; the last fresh row in one that the index does not have."""
+    cells = {place: FRESH if place in fresh else int(cell) for place, cell in enumerate(cell_of)}
+    cells[max(fresh)] = 99
+    rows = spark.createDataFrame([(f"row {place:04d}", cell) for place, cell in cells.items()], "name string, cell int")
+    return replace(of, rows=of.rows.join(rows, F.col("`a.b`") == F.col("name"), "left").drop("name"))
 
 
 def test_the_side_is_held_that_makes_less_travel() -> None:
