@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 from shoal.conf.errors import ConfigError
 from shoal.conf.target import ENCODERS_PER_GPU
 from shoal.jobs.model_files import send_model
-from shoal.jobs.session import DYNAMIC, is_local, slots
+from shoal.jobs.session import DYNAMIC, is_local, most_slots, slots
 from shoal.udfs.encoder_spec import EncoderSpec
 
 GPUS = "spark.executor.resource.gpu.amount"
@@ -28,9 +28,13 @@ _PROFILES: "WeakKeyDictionary[SparkContext, dict[tuple[int, int], ResourceProfil
 
 @dataclass(frozen=True)
 class EncoderTasks:
-    """How many tasks that load an encoder run at once, and what each is given; no profile: what any task is given."""
+    """How many tasks that load an encoder run at once, and what each is given; no profile: what any task is given.
+
+    most: how many may, when all executors have come that dynamic allocation may ask for.
+    """
 
     slots: int
+    most: int
     profile: ResourceProfile | None = None
 
 
@@ -45,7 +49,7 @@ def encoder_tasks(spark: SparkSession) -> EncoderTasks:
     conf = context.getConf()
     num_gpus = int(conf.get(GPUS, "0") or 0)
     if not num_gpus or conf.get(GPUS_OF_ALL) or is_local(context.master or ""):
-        return EncoderTasks(slots(spark))
+        return EncoderTasks(slots(spark), most_slots(conf, slots(spark)))
     if conf.get(DYNAMIC, "false") == "true":
         raise ConfigError(
             f"{GPUS} is {num_gpus} and {DYNAMIC} is true, which Spark does not have together unless every task gets a "
@@ -59,7 +63,8 @@ def encoder_tasks(spark: SparkSession) -> EncoderTasks:
     fewest = min(cores_of_executors, default=int(conf.get("spark.executor.cores", "1") or 1))
     cores = max(1, fewest // (num_gpus * sharing))
     per_executor = [min(num_gpus * sharing, num_cores // cores) for num_cores in cores_of_executors]
-    return EncoderTasks(max(1, sum(per_executor)), _profile(context, cores, sharing))
+    num_slots = max(1, sum(per_executor))
+    return EncoderTasks(num_slots, num_slots, _profile(context, cores, sharing))
 
 
 def map_encoders(
@@ -91,7 +96,10 @@ def wait_for_executors(spark: SparkSession) -> int:
 
 
 def failed_tasks(spark: SparkSession) -> dict[str, int]:
-    """Tasks that have failed on each executor that is there now, by its name, those without any left out."""
+    """Tasks that have failed on each executor that is there now, by its name, those without any left out.
+
+    One that could not read what a lost executor had written counts too.
+    """
     return {f"{each.id()} ({each.hostPort()})": each.failedTasks() for each in _executors(spark) if each.failedTasks()}
 
 

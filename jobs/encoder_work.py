@@ -72,7 +72,7 @@ class EncoderWork:
             # Nothing but damage asks for that, so what is published is not taken over.
             published = None
         have = find_have(self.spark, self.ref, published, self.spec.fingerprint, staged=staged)
-        waves = Waves(encoder_tasks(self.spark).slots, self.config.encode.wave_chunks)
+        waves = Waves(encoder_tasks(self.spark).most, self.config.encode.wave_chunks)
         folder = self.spec.folder
         chunks = plan_chunks(rows, self.config.chunk, folder, have.hashes(), self.keep, waves, take)
         if published is not None and published.fingerprint == self.spec.fingerprint:
@@ -139,7 +139,7 @@ class EncoderWork:
                     self.ref,
                     chunks.todo,
                     chunks.num_waves,
-                    num_slots=encoder_tasks(self.spark).slots,
+                    num_slots=encoder_tasks(self.spark).most,
                     run_id=run_id,
                     spec=spec,
                     options=self.options,
@@ -152,8 +152,8 @@ class EncoderWork:
         for executor, number in failed_tasks(self.spark).items():
             if number > failed.get(executor, 0) and not is_local(self.spark.sparkContext.master or ""):
                 warn(
-                    f"{number - failed.get(executor, 0)} tasks failed on executor {executor} and were done again; its "
-                    "log says why, and `shoal doctor` visits every executor"
+                    f"executor {executor} failed tasks ({number - failed.get(executor, 0)}), which were done again; "
+                    "its log says why, and `shoal doctor` visits every executor"
                 )
         padding = 1 - totals.tokens / totals.padded if totals.padded else None
         return Encoded(points, padding, probe.report["parity"]["min"])

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from shoal.conf import errors
@@ -17,15 +18,15 @@ from shoal.conf.redact import scrub
 from shoal.conf.run import EncoderConfig, RunConfig
 from shoal.jobs.canary_store import Probe, known_precision, probe_of
 from shoal.jobs.cells import CELL
-from shoal.jobs.encoder_tasks import encoder_tasks, map_encoders
+from shoal.jobs.encoder_tasks import encoder_tasks, map_encoders, wait_for_executors
 from shoal.jobs.filesystem import full_disk
 from shoal.jobs.layout import TableRef
 from shoal.jobs.model_source import pinned_reference, resolve_spec
 from shoal.jobs.publish import missing_constraints
 from shoal.jobs.published import Published
-from shoal.jobs.session import is_local
+from shoal.jobs.session import DYNAMIC, is_local
 from shoal.jobs.source import SourceRows
-from shoal.udfs.encode_udf import make_probe
+from shoal.udfs.encode_udf import ArrowFunction, make_canaries, make_probe
 from shoal.udfs.encoder import EncodeOptions
 from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.schema import PROBE_OUTPUT_DDL
@@ -154,28 +155,37 @@ def options_of(config: RunConfig, *, role: str = "document") -> EncodeOptions:
 
 
 def try_out(spark: SparkSession, spec: EncoderSpec, options: EncodeOptions) -> tuple[Probe, EncoderSpec]:
-    """Loads the model, settles precision and back end, checks parity, and encodes the canaries.
+    """Loads the model in one task, settles precision and back end, checks parity, and encodes the canaries.
 
-    On a cluster in a task for each slot, up to MOST_TRIALS: what one of them says the table is held against for ever.
+    What it says the table is held against for ever, so on a cluster every slot, up to MOST_TRIALS, encodes them too:
     WorkerError where they do not agree.
     """
-    num_tasks = 1 if is_local(spark.sparkContext.master or "") else min(encoder_tasks(spark).slots, MOST_TRIALS)
+    (row,) = _told(spark, spec, make_probe(spec, options), 1)
+    told = probe_of("", row["report"], row["vectors"]).report
+    resolved = replace(spec, precision=told["precision"], backend=told["backend"])
+    first = probe_of(resolved.fingerprint, row["report"], row["vectors"])
+    if not is_local(spark.sparkContext.master or ""):
+        if spark.conf.get(DYNAMIC, "false") != "true":
+            wait_for_executors(spark)
+        num_tasks = min(encoder_tasks(spark).slots, MOST_TRIALS)
+        others = _told(spark, resolved, make_canaries(resolved, options), num_tasks)
+        require_agreement([first, *(probe_of("", each["report"], each["vectors"]) for each in others)])
+    return first, resolved
+
+
+def _told(spark: SparkSession, spec: EncoderSpec, function: ArrowFunction, num_tasks: int) -> list[Row]:
+    """What so many tasks that load the encoder say, a row of PROBE_OUTPUT each."""
     try:
         tasks = spark.range(0, num_tasks, 1, num_tasks)
-        rows = map_encoders(tasks, spec, make_probe(spec, options), PROBE_OUTPUT_DDL).collect()
+        return map_encoders(tasks, spec, function, PROBE_OUTPUT_DDL).collect()
     except (PySparkException, Py4JJavaError) as error:
         raise worker_error(error) from error
-    told = probe_of("", rows[0]["report"], rows[0]["vectors"]).report
-    resolved = replace(spec, precision=told["precision"], backend=told["backend"])
-    probes = [probe_of(resolved.fingerprint, row["report"], row["vectors"]) for row in rows]
-    require_agreement(probes)
-    return probes[0], resolved
 
 
 def require_agreement(probes: Sequence[Probe]) -> None:
     """WorkerError where trials of one encoder gave other vectors than the first of them."""
     limit = min(MIN_COSINE[probe.report["precision"]] for probe in probes)
-    lowest = min(float(cosines(probes[0].canaries.vectors_CD, probe.canaries.vectors_CD).min()) for probe in probes)
+    lowest = np.min([cosines(probes[0].canaries.vectors_CD, probe.canaries.vectors_CD) for probe in probes])
     if not lowest >= limit:
         raise WorkerError(
             f"executors give different vectors for the same texts (lowest cosine {lowest:.7f}, allowed {limit:.7f}), "

@@ -56,15 +56,14 @@ NO_LIMIT = 2**31 - 1
 
 EXCLUDING = "spark.excludeOnFailure."
 _CLUSTER_DEFAULTS = {
-    # An executor that fails whatever it is given (a broken GPU, a full disk) is left out, instead of failing one task
-    # so often that the run ends. Spark's own limit, one attempt for each executor, takes small clusters their retries.
+    # A task that an executor fails twice (a broken GPU, a full disk) goes elsewhere, instead of failing there so often
+    # that the run ends. Spark's own limit, one attempt for each executor, takes small clusters their retries.
     f"{EXCLUDING}taskAndStage.enabled": "true",
     f"{EXCLUDING}task.maxTaskAttemptsPerExecutor": "2",
     f"{EXCLUDING}task.maxTaskAttemptsPerNode": "3",
-    # One broken GPU is no reason to do without the others of its node.
-    f"{EXCLUDING}stage.maxFailedExecutorsPerNode": "1000",
-    # So long a task that no executor may have waits for another one to join.
-    "spark.scheduler.excludeOnFailure.unschedulableTaskSetTimeout": "30s",
+    # The rule is for tasks alone: a store that is out of order for a moment fails some on every executor, and without
+    # any executor left Spark ends the run.
+    f"{EXCLUDING}stage.maxFailedTasksPerExecutor": "1000000",
 }
 """For masters that are not local, unless the user says anything of it; Spark wants fewer attempts than it allows."""
 
@@ -222,11 +221,11 @@ def is_local(master: str) -> bool:
 
 
 def slots(spark: SparkSession) -> int:
-    """Tasks that run at the same time, as far as Spark knows now; where executors come and go, at most."""
-    return slots_by(spark.sparkContext.getConf(), spark.sparkContext.defaultParallelism)
+    """Tasks that run at the same time, as far as Spark knows now."""
+    return max(1, spark.sparkContext.defaultParallelism)
 
 
-def slots_by(conf: SparkConf, now: int) -> int:
+def most_slots(conf: SparkConf, now: int) -> int:
     """Slots with as many executors as dynamic allocation may ask for; `now`: what those have that are there."""
     most = int(conf.get("spark.dynamicAllocation.maxExecutors") or NO_LIMIT)
     if conf.get(DYNAMIC, "false") != "true" or most >= NO_LIMIT:

@@ -22,7 +22,7 @@ from pyspark import TaskContext
 
 from shoal.conf.errors import ShoalError, WorkerError
 from shoal.udfs import reasons
-from shoal.udfs.canaries import Canaries, canary_texts, library_versions
+from shoal.udfs.canaries import Canaries, canary_texts, encode_canaries, library_versions
 from shoal.udfs.encoder import Encoded, EncodeOptions, Encoder
 from shoal.udfs.encoder_cache import cached_encoder, drop_encoder
 from shoal.udfs.encoder_spec import EncoderSpec
@@ -228,6 +228,23 @@ def probe_batches(
     }
     vectors = np.ascontiguousarray(resolution.vectors_CD, dtype="<f4").tobytes()
     yield pa.RecordBatch.from_arrays([pa.array([json.dumps(report)]), pa.array([vectors])], schema=PROBE_OUTPUT)
+
+
+def make_canaries(spec: EncoderSpec, options: EncodeOptions) -> ArrowFunction:
+    """A `mapInArrow` function that ignores what its rows say, as that of `make_probe`, for an encoder that is settled.
+
+    `report` is JSON: precision, dim, host.
+    """
+
+    def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        if not sum(batch.num_rows for batch in batches):
+            return
+        encoder = worker_encoder(with_files_here(spec), Task.current(options), options)
+        vectors = np.ascontiguousarray(encode_canaries(encoder), dtype="<f4").tobytes()
+        report = json.dumps({"precision": spec.precision, "dim": spec.dim, "host": platform.node()})
+        yield pa.RecordBatch.from_arrays([pa.array([report]), pa.array([vectors])], schema=PROBE_OUTPUT)
+
+    return encode
 
 
 def worker_encoder(spec: EncoderSpec, task: Task, options: EncodeOptions, canaries: Canaries | None = None) -> Encoder:

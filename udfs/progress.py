@@ -134,11 +134,11 @@ class ProgressReceiver:
     def _take(self, datagram: bytes) -> None:
         try:
             run_id, wave, partition, attempt, chunks, tokens, padded, busy_s = json.loads(datagram)
+            if run_id != self._run_id:
+                return
             counts = Counts(chunks=int(chunks), tokens=int(tokens), padded=int(padded), busy_s=float(busy_s))
             key, attempt = (int(wave), int(partition)), int(attempt)
-        except (ValueError, TypeError):
-            return
-        if run_id != self._run_id:
+        except (ValueError, TypeError, OverflowError, RecursionError):
             return
         with self._lock:
             known = self._counts.get(key)

@@ -16,9 +16,9 @@ from shoal.jobs.session import (
     _configured,
     _launching,
     default_log_file,
+    most_slots,
     open_spark,
     slots,
-    slots_by,
 )
 
 pytestmark = pytest.mark.spark
@@ -86,7 +86,7 @@ def test_executors_that_may_come_have_slots_too(spark: SparkSession, conf: dict[
     del spark  # with its JVM there is a class for settings
     names = {"cores": "spark.executor.cores", "cpus": "spark.task.cpus"}
     settings = {names.get(name, f"spark.dynamicAllocation.{name}"): value for name, value in conf.items()}
-    assert slots_by(SparkConf(loadDefaults=False).setAll(list(settings.items())), 3) == expected
+    assert most_slots(SparkConf(loadDefaults=False).setAll(list(settings.items())), 3) == expected
 
 
 def test_the_environment_that_a_jvm_starts_in_is_the_users_with_additions(

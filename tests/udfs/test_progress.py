@@ -61,11 +61,23 @@ def test_waves_are_counted_apart() -> None:
         assert receiver.totals(wave=1).chunks == 4
 
 
+NOISE = [
+    b"",
+    b"\xff\xfe",
+    b"[1,2]",
+    b'{"a": 1}',
+    b"null",
+    b'["r1", "x", 0, 0, 1, 1, 1, 1]',
+    b'["r1", 0, 0, 0, Infinity, 1, 1, 1]',
+    b"[" * 2000,
+]
+
+
 def test_other_runs_and_noise_are_ignored() -> None:
     with ProgressReceiver("r1") as receiver:
         ProgressSender(target(receiver, run_id="r2"), 0, 0).send(Counts(chunks=99))
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as noise:
-            for datagram in (b"", b"\xff\xfe", b"[1,2]", b'{"a": 1}', b'["r1", "x", 0, 0, 1, 1, 1, 1]', b"null"):
+            for datagram in NOISE:
                 noise.sendto(datagram, ("127.0.0.1", receiver.port))
         ProgressSender(target(receiver), 3, 0).send(Counts(chunks=2))
         assert until(lambda: receiver.totals().chunks == 2)
