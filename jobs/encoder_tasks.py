@@ -49,7 +49,8 @@ def encoder_tasks(spark: SparkSession) -> EncoderTasks:
     conf = context.getConf()
     num_gpus = int(conf.get(GPUS, "0") or 0)
     if not num_gpus or conf.get(GPUS_OF_ALL) or is_local(context.master or ""):
-        return EncoderTasks(slots(spark), most_slots(conf, slots(spark)))
+        now = slots(spark)
+        return EncoderTasks(now, most_slots(conf, now))
     if conf.get(DYNAMIC, "false") == "true":
         raise ConfigError(
             f"{GPUS} is {num_gpus} and {DYNAMIC} is true, which Spark does not have together unless every task gets a "
@@ -96,10 +97,13 @@ def wait_for_executors(spark: SparkSession) -> int:
 
 
 def failed_tasks(spark: SparkSession) -> dict[str, int]:
-    """Tasks that have failed on each executor that is there now, by its name, those without any left out.
+    """Tasks that have failed on each executor that is there now, by its name; those without any, and the driver of a
+    local master, left out.
 
     One that could not read what a lost executor had written counts too.
     """
+    if is_local(spark.sparkContext.master or ""):
+        return {}
     return {f"{each.id()} ({each.hostPort()})": each.failedTasks() for each in _executors(spark) if each.failedTasks()}
 
 

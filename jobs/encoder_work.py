@@ -23,7 +23,6 @@ from shoal.jobs.progress import Points, shown_progress
 from shoal.jobs.publish import assemble
 from shoal.jobs.published import Published
 from shoal.jobs.reconcile import Account, reconcile
-from shoal.jobs.session import is_local
 from shoal.jobs.staging import staged_errors, staged_vectors
 from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.progress import ProgressReceiver, ProgressTarget
@@ -150,9 +149,9 @@ class EncoderWork:
                 )
             totals = receiver.totals()
         for executor, number in failed_tasks(self.spark).items():
-            if number > failed.get(executor, 0) and not is_local(self.spark.sparkContext.master or ""):
+            if (new := number - failed.get(executor, 0)) > 0:
                 warn(
-                    f"executor {executor} failed tasks ({number - failed.get(executor, 0)}), which were done again; "
+                    f"executor {executor} failed tasks ({new}), which were done again; "
                     "its log says why, and `shoal doctor` visits every executor"
                 )
         padding = 1 - totals.tokens / totals.padded if totals.padded else None

@@ -199,12 +199,12 @@ def _pairs(
 ) -> DataFrame:
     """Left keys as l0, l1, .., right ones as r0, r1, .., score: all that are wanted, and with k some more."""
     schema = _pair_schema(left, right)
-    pairs = pa.schema(to_arrow_schema(schema))
     left_is_smaller = left.num_bytes(dim) <= right.num_bytes(dim)
     small, large = (left, right) if left_is_smaller else (right, left)
     if small.num_bytes(dim) <= SMALL_BYTES and _can_stay(spark, small, large, dim):
         names = _short("k", small)
         resident = [tile.packed() for tile in tiles_of(_located(small).toArrow(), names, dim)]
+        pairs = pa.schema(to_arrow_schema(schema))
         join = make_row_join(resident, _short("k", large), dim, options, pairs, left_is_resident=left_is_smaller)
         return _located(large).mapInArrow(join, schema)
     pair_bytes = left.num_vectors * min(options.k or 1, right.num_vectors) * 2 * KEY_BYTES

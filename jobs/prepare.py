@@ -62,6 +62,9 @@ class Encoders:
 
 FULL_REFRESH = "full refresh asked for"
 
+MOST_TRIALS = 64
+"""Slots whose canaries are compared at an encoder's first use: the driver gets the vectors of each."""
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -193,8 +196,6 @@ def require_agreement(probes: Sequence[Probe]) -> None:
             code="CANARIES_MOVED",
         )
 
-
-MOST_TRIALS = 64
 
 UNFIT = {
     "PYTHON_VERSION_MISMATCH": "the workers have another Python than the driver",

@@ -233,7 +233,7 @@ def probe_batches(
 def make_canaries(spec: EncoderSpec, options: EncodeOptions) -> ArrowFunction:
     """A `mapInArrow` function that ignores what its rows say, as that of `make_probe`, for an encoder that is settled.
 
-    `report` is JSON: precision, dim, host.
+    `report` is JSON: precision, dim.
     """
 
     def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -241,7 +241,7 @@ def make_canaries(spec: EncoderSpec, options: EncodeOptions) -> ArrowFunction:
             return
         encoder = worker_encoder(with_files_here(spec), Task.current(options), options)
         vectors = np.ascontiguousarray(encode_canaries(encoder), dtype="<f4").tobytes()
-        report = json.dumps({"precision": spec.precision, "dim": spec.dim, "host": platform.node()})
+        report = json.dumps({"precision": spec.precision, "dim": spec.dim})
         yield pa.RecordBatch.from_arrays([pa.array([report]), pa.array([vectors])], schema=PROBE_OUTPUT)
 
     return encode
