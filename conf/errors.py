@@ -41,6 +41,8 @@ CODES: Final[abc.Mapping[str, str]] = types.MappingProxyType(
         "TABLE_NOT_OURS": "something is there that Shoal did not make",
         "TABLE_UNREADABLE": "the table is there and its log cannot be read",
         "TABLE_FORMAT_NEWER": "a newer Shoal made the table",
+        "TABLE_ELSEWHERE": "the catalog has the table in another folder than the run file says",
+        "TABLE_NOT_REGISTERED": "the table in the folder is not known to the catalog by its name",
         "DESTINATION_UNWRITABLE": "the destination cannot be written, or its schema is not there",
         "STORE_UNREACHABLE": "Spark has no way to an address, or the store refused",
         "ENCODER_CHANGED": "the run file asks for another encoder than the table has",

@@ -136,8 +136,12 @@ SETTING_OF_PROPERTY = {
 class DestinationConfig(Section):
     """The Delta table that a run keeps in step, by path or by catalog name."""
 
-    path: Text | None = Field(default=None, description="Folder or URI of the table; this or `table`.")
-    table: Text | None = Field(default=None, description="Catalog name of the table; this or `path`.")
+    path: Text | None = Field(
+        default=None, description="Folder or URI of the table; with `table` the folder of an external table."
+    )
+    table: Text | None = Field(
+        default=None, description="Catalog name of the table; without `path` the catalog decides where it lies."
+    )
     sidecar: Text | None = Field(
         default=None,
         description="Folder of staging, work, the runs table and the lease. Unset: `<destination>__shoal` beside the "
@@ -161,8 +165,8 @@ class DestinationConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = []
-        if (self.path is None) == (self.table is None):
-            advice = "give exactly one of the two: a folder, or a name in the catalog"
+        if self.path is None and self.table is None:
+            advice = "give a folder, a name in the catalog, or both for an external table"
             problems.append(SettingProblem((("path",), ("table",)), advice))
         for name in self.properties:
             setting = SETTING_OF_PROPERTY.get(name.lower())
@@ -177,8 +181,8 @@ class DestinationConfig(Section):
 
     @property
     def name(self) -> str:
-        """The path or the catalog name, whichever was given."""
-        return self.path or self.table or ""
+        """The catalog name, or the path of a table without one."""
+        return self.table or self.path or ""
 
 
 class LimitsConfig(Section):

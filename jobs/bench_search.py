@@ -44,6 +44,8 @@ from shoal.udfs.knn_join import JoinOptions
 
 K = 10
 QUERIES = 10
+"""Asked one after another; the median of what they took is told."""
+
 ONLY_K = JoinOptions(K, None)
 BATCH, BATCH_ROUNDS = 1000, 3
 JOINED = 10_000
@@ -60,13 +62,21 @@ HEADER = re.compile(r"(^|> )id$")
 
 
 def bench_search(
-    num_rows: int, dim: int, num_nights: int, *, filters: bool = True, say: Callable[[str], None]
+    num_rows: int,
+    dim: int,
+    num_nights: int,
+    *,
+    num_queries: int = QUERIES,
+    filters: bool = True,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """The document that `--json` prints."""
     if num_rows < MIN_ROWS:
         raise ConfigError(f"--rows is {num_rows}; a thousandth of them is filtered for, ask for {MIN_ROWS} or more")
-    if dim < 1 or num_nights < 0:
-        raise ConfigError(f"--dim is {dim} and --nights {num_nights}; ask for 1 or more, and 0 or more")
+    if dim < 1 or num_queries < 1 or num_nights < 0:
+        raise ConfigError(
+            f"--dim is {dim}, --queries {num_queries}, --nights {num_nights}; ask for 1 or more, and 0 nights or more"
+        )
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
         catalog = Path(folder) / "catalog"
         endpoint = Endpoint(port=0).checked()
@@ -75,7 +85,7 @@ def bench_search(
             encoder = EncoderConfig(model=f"hash:{dim}")
             spec = resolve_spec(encoder, model_cache(), tracking_uri="")
             table = SyntheticVectors(spark, f"{folder}/docs", num_rows, dim, spec, encoder)
-            bench = _Bench(spark, table, endpoint, say)
+            bench = _Bench(spark, table, endpoint, num_queries, say)
             with thrift_server(spark, endpoint):
                 cores = len(os.sched_getaffinity(0))
                 return {"rows": num_rows, "dim": dim, "k": K, "cores": cores, **bench.go(num_nights, filters=filters)}
@@ -86,11 +96,12 @@ class _Bench:
     spark: SparkSession
     table: SyntheticVectors
     endpoint: Endpoint
+    num_queries: int
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
         self._true: dict[tuple[int, str], list[set[int]]] = {}
-        self.queries_QD = self.table.queries(QUERIES * WARM_ROUNDS)
+        self.queries_QD = self.table.queries(self.num_queries * WARM_ROUNDS)
         self.functions = Functions(self.spark, {NAME: self.table.path}, self.say)
 
     def go(self, num_nights: int, *, filters: bool) -> dict[str, Any]:
@@ -135,7 +146,7 @@ class _Bench:
         ]
 
     def _batches(self, probes: int) -> list[dict[str, Any]]:
-        """BATCH vectors at once, in the session: the median of BATCH_ROUNDS, and the recall of the first QUERIES."""
+        """BATCH vectors at once, in the session: the median of BATCH_ROUNDS, and the recall of the first of them."""
         asked = f"(SELECT collect_list(struct(id, embedding)) FROM delta.`{self.table.path}` WHERE id < {BATCH})"
         true = self._first(K)
         measured = []
@@ -147,14 +158,14 @@ class _Bench:
                 began = time.monotonic()
                 rows = self.spark.sql(statement).collect()
                 took.append(time.monotonic() - began)
-                found = [[row["id"] for row in rows if row["query_id"] == str(n)] for n in range(QUERIES)]
+                found = [[row["id"] for row in rows if row["query_id"] == str(n)] for n in range(self.num_queries)]
             seconds, recall = round(statistics.median(took), 3), _share_found(true, found)
             self.say(f"{name}: {BATCH} vectors in {seconds:.3f} s, recall {recall:.3f}")
             measured.append({"form": name, "vectors": BATCH, "seconds": seconds, "recall": recall})
         return measured
 
     def _joined(self, probes: int) -> dict[str, Any]:
-        """All rows with themselves as by `shoal join --probes`, written as a table; the recall of the first QUERIES.
+        """All rows with themselves as by `shoal join --probes`, written as a table; the recall of the first.
 
         `exact_seconds`: what all would take without an index, by what JOINED of them took to meet all.
         """
@@ -171,18 +182,22 @@ class _Bench:
         cells = cells_of(self.spark, published, rows, probes)
         join_self(self.spark, every, dim, ONLY_K, cells).write.format("delta").save(out)
         seconds = time.monotonic() - began
-        of_first = self.spark.read.format("delta").load(out).where(f"left_id < {QUERIES} OR right_id < {QUERIES}")
+        of_first = (
+            self.spark.read.format("delta")
+            .load(out)
+            .where(f"left_id < {self.num_queries} OR right_id < {self.num_queries}")
+        )
         pairs = [(row["left_id"], row["right_id"]) for row in of_first.collect()]
-        found = [[sum(pair) - n for pair in pairs if n in pair] for n in range(QUERIES)]
+        found = [[sum(pair) - n for pair in pairs if n in pair] for n in range(self.num_queries)]
         recall = _share_found([wanted - {n} for n, wanted in enumerate(self._first(K + 1))], found)
         self.say(f"join, index: {seconds:.1f} s, recall {recall:.3f}; exact, by a part: {exact:.0f} s")
         took = {"seconds": round(seconds, 2), "exact_seconds": round(exact, 2)}
         return {"form": "join, index", **took, "recall": recall}
 
     def _first(self, k: int) -> list[set[int]]:
-        """The true neighbours of the first QUERIES rows, themselves among them."""
+        """The true neighbours of the first rows, themselves among them."""
         rows = self.table.published().rows(self.spark)
-        first = rows.where(F.col("id") < QUERIES).orderBy("id").select("embedding").collect()
+        first = rows.where(F.col("id") < self.num_queries).orderBy("id").select("embedding").collect()
         vectors_QD = np.array([row["embedding"] for row in first], dtype=np.float32)
         return [{row["id"] for row in hits} for hits in nearest(rows, ["id"], vectors_QD, k)]
 
@@ -198,11 +213,11 @@ class _Bench:
         """One form of search: median seconds of a query in the last round, and the recall of all."""
         asked = [
             statement.format(q=f"q{number}", vector=_literal(query_D), path=self.table.path)
-            for number, query_D in enumerate(self.queries_QD[: QUERIES * times])
+            for number, query_D in enumerate(self.queries_QD[: self.num_queries * times])
         ]
         took, found = _beeline(self.endpoint.jdbc, asked)
         recall = self._recall(found, where)
-        seconds = round(statistics.median(took[-QUERIES:]), 3)
+        seconds = round(statistics.median(took[-self.num_queries :]), 3)
         self.say(f"{name}: {seconds:.3f} s, recall {recall:.3f}")
         return {"form": name, "seconds": seconds, "recall": recall}
 
@@ -239,7 +254,7 @@ class _Bench:
             ids = pq.read_table(f"{folder}/flat/rows.parquet", columns=["id"])["id"].to_numpy()
         loaded = time.monotonic() - began
         took, found = [], []
-        for query_D in self.queries_QD[:QUERIES]:
+        for query_D in self.queries_QD[: self.num_queries]:
             began = time.monotonic()
             _, places_1K = flat.search(query_D[None], K)
             took.append(time.monotonic() - began)

@@ -61,6 +61,10 @@ class FileSystem:
             raise _unreachable(root, error) from error
         self._is_local = self._fs.getScheme() == "file"
 
+    def qualified(self, path: str) -> str:
+        """The path with its scheme and authority, by which two that mean the same can be compared."""
+        return str(self._fs.makeQualified(self._path(path)).toString()).rstrip("/")
+
     def exists(self, path: str) -> bool:
         return bool(self._fs.exists(self._path(path)))
 
@@ -97,7 +101,7 @@ class FileSystem:
         """The files at any depth below a folder, by their path from there on; none when the folder is absent."""
         if not self.exists(folder):
             return {}
-        above = len(self._fs.makeQualified(self._path(folder)).toString().rstrip("/")) + 1
+        above = len(self.qualified(folder)) + 1
         found: dict[str, FileStamp] = {}
         left = self._fs.listFiles(self._path(folder), True)
         while left.hasNext():

@@ -1,6 +1,6 @@
 """Where the tables of one destination lie: the published one, and beside it what only Shoal reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
@@ -11,15 +11,21 @@ from shoal.jobs.filesystem import absolute, join
 from shoal.jobs.hashing import quoted
 
 SIDECAR_SUFFIX = "__shoal"
+SIDECAR_PROPERTY = "shoal.sidecar"
+"""Of a table whose sidecar is not where its name or path would have it."""
 
 
 @dataclass(frozen=True)
 class TableRef:
-    """A Delta table by path or by catalog name, and the folder of its sidecar tables."""
+    """A Delta table by path or by catalog name, and the folder of its sidecar tables.
+
+    location: where a table by name is to lie, None where the catalog decides that.
+    """
 
     path: str | None
     name: str | None
     sidecar: str
+    location: str | None = None
 
     def __str__(self) -> str:
         return self.name or self.path or ""
@@ -68,7 +74,8 @@ def table_of(spark: SparkSession, destination: DestinationConfig) -> TableRef:
     """The table that a run file names; the sidecar lies beside it unless `destination.sidecar` says where."""
     if destination.path:
         path = destination.path.rstrip("/")
-        return TableRef(path, None, destination.sidecar or path + SIDECAR_SUFFIX)
+        sidecar = destination.sidecar or path + SIDECAR_SUFFIX
+        return TableRef(None, destination.table, sidecar, path) if destination.table else TableRef(path, None, sidecar)
     name = destination.table or ""
     return TableRef(None, name, destination.sidecar or _sidecar_of_name(spark, name))
 
@@ -78,7 +85,8 @@ def table_named(spark: SparkSession, table: str) -> TableRef:
     if "/" in table or not _is_catalog_table(spark, table):
         path = absolute(table).rstrip("/")
         return TableRef(path, None, path + SIDECAR_SUFFIX)
-    return TableRef(None, table, _sidecar_of_name(spark, table))
+    ref = TableRef(None, table, "")
+    return replace(ref, sidecar=_recorded_sidecar(spark, ref) or _sidecar_of_name(spark, table))
 
 
 def read_delta(spark: SparkSession, path: str) -> DataFrame:
@@ -91,6 +99,15 @@ def _is_catalog_table(spark: SparkSession, name: str) -> bool:
         return bool(spark.catalog.tableExists(".".join(quoted(part) for part in name.split("."))))
     except AnalysisException:
         return False
+
+
+def _recorded_sidecar(spark: SparkSession, ref: TableRef) -> str | None:
+    """What a table says itself; None for one whose sidecar is where its name says, and for what is no table."""
+    try:
+        rows = spark.sql(f"SHOW TBLPROPERTIES {ref.sql}").collect()
+    except AnalysisException:
+        return None
+    return next((row["value"] for row in rows if row["key"] == SIDECAR_PROPERTY), None)
 
 
 def _sidecar_of_name(spark: SparkSession, name: str) -> str:

@@ -22,7 +22,7 @@ from shoal.conf.run import DestinationConfig, RunConfig
 from shoal.jobs.cells import CELL, INDEX_PROPERTY, Index, fresh_cell
 from shoal.jobs.filesystem import full_disk
 from shoal.jobs.hashing import quoted
-from shoal.jobs.layout import TableRef
+from shoal.jobs.layout import SIDECAR_PROPERTY, TableRef
 from shoal.jobs.planner import ACTION, NEW, RowPlan, key_range
 from shoal.jobs.published import (
     ENCODER_PROPERTY,
@@ -32,7 +32,6 @@ from shoal.jobs.published import (
     KEYS_PROPERTY,
     LEXICAL_PROPERTY,
     METADATA_PROPERTY,
-    SIDECAR_PROPERTY,
     TABLE_ID_PROPERTY,
     TERMS,
     USER_METADATA,
@@ -216,6 +215,8 @@ def _replacing(
         writer = writer.partitionedBy(F.col(CELL))
     for name, value in properties.items():
         writer = writer.tableProperty(name, value)
+    if target.ref.location:
+        writer = writer.tableProperty("location", target.ref.location)
     if target.before and target.before.description:
         writer = writer.tableProperty("comment", target.before.description)
     return writer
@@ -245,6 +246,8 @@ def table_properties(
     if not is_indexed(target, spec):
         kept.pop(INDEX_PROPERTY, None)
     kept.pop(LEXICAL_PROPERTY, None)
+    # Who knows an external table by its name alone would not look beside its folder.
+    sidecar = settings.sidecar or (target.ref.sidecar if target.ref.location else None)
     ours = {
         FORMAT_PROPERTY: str(FORMAT),
         TABLE_ID_PROPERTY: target.table_id,
@@ -252,7 +255,7 @@ def table_properties(
         ENCODER_PROPERTY: json.dumps(encoder, sort_keys=True),
         KEYS_PROPERTY: json.dumps(list(rows.keys)),
         METADATA_PROPERTY: json.dumps(list(rows.metadata)),
-        **({SIDECAR_PROPERTY: settings.sidecar} if settings.sidecar else {}),
+        **({SIDECAR_PROPERTY: sidecar} if sidecar else {}),
         **({LEXICAL_PROPERTY: lexical} if lexical else {}),
         **constraints_of(spec.dim),
     }

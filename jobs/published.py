@@ -15,7 +15,7 @@ from shoal.conf.errors import DestinationError, first_line
 from shoal.jobs.cells import INDEX_PROPERTY, Index
 from shoal.jobs.filesystem import FileSystem
 from shoal.jobs.hashing import quoted
-from shoal.jobs.layout import TableRef
+from shoal.jobs.layout import SIDECAR_PROPERTY, TableRef
 
 FORMAT = 1
 FORMAT_PROPERTY = "shoal.format"
@@ -23,7 +23,6 @@ TABLE_ID_PROPERTY = "shoal.table_id"
 FINGERPRINT_PROPERTY = "shoal.fingerprint"
 ENCODER_PROPERTY = "shoal.encoder"
 KEYS_PROPERTY = "shoal.keys"
-SIDECAR_PROPERTY = "shoal.sidecar"
 METADATA_PROPERTY = "shoal.metadata"
 LEXICAL_PROPERTY = "shoal.lexical"
 
@@ -186,7 +185,15 @@ def keys_that_differ(rows: DataFrame, before: DataFrame, keys: Sequence[str]) ->
 def exists(spark: SparkSession, ref: TableRef) -> bool:
     """Whether there is a table at all; DestinationError when something else stands in its place."""
     if ref.name:
-        return bool(spark.catalog.tableExists(ref.sql))
+        there = bool(spark.catalog.tableExists(ref.sql))
+        if not there and ref.location and DeltaTable.isDeltaTable(spark, ref.location):
+            raise DestinationError(
+                f"destination.path '{ref.location}': there is a table there that the catalog does not know as "
+                f"'{ref.name}'; tell it by CREATE TABLE {ref.sql} USING delta LOCATION '{ref.location}', or name "
+                "another folder",
+                code="TABLE_NOT_REGISTERED",
+            )
+        return there
     if DeltaTable.isDeltaTable(spark, ref.path or ""):
         return True
     if FileSystem(spark, ref.path or "").is_occupied(ref.path or ""):
@@ -225,6 +232,12 @@ def read_published(spark: SparkSession, ref: TableRef) -> Published | None:
             f"{FORMAT}; upgrade Shoal",
             code="TABLE_FORMAT_NEWER",
         )
+    if ref.location and _qualified(spark, detail["location"]) != _qualified(spark, ref.location):
+        raise DestinationError(
+            f"destination: the catalog has '{ref.name}' in {detail['location']}, and destination.path is "
+            f"'{ref.location}'; leave destination.path out, or name another table",
+            code="TABLE_ELSEWHERE",
+        )
     ref = replace(ref, sidecar=properties.get(SIDECAR_PROPERTY, ref.sidecar))
     since: list[Commit] = []
     ours = None
@@ -237,6 +250,10 @@ def read_published(spark: SparkSession, ref: TableRef) -> Published | None:
     return Published(
         ref, since[0].version, properties, detail["description"], detail["location"], since[0], ours, foreign
     )
+
+
+def _qualified(spark: SparkSession, path: str) -> str:
+    return FileSystem(spark, path).qualified(path)
 
 
 def read_settled(spark: SparkSession, ref: TableRef) -> Published:

@@ -91,6 +91,7 @@ WITHOUT_A_MODULE = {
     "tests/jobs/test_cluster.py": "the main job on several executor processes",
     "tests/jobs/test_faults.py": "a pipeline killed and hurt by the harness in tests/jobs/faults",
     "tests/jobs/test_other_readers.py": "the published table, read by other engines",
+    "tests/jobs/test_metastore.py": "the main job on tables of a catalog",
     "tests/jobs/test_object_store.py": "the main job on S3's own protocol",
     "tests/jobs/test_cranfield.py": "the whole pipeline, judged by a known ranking",
 }

@@ -27,6 +27,8 @@ def test_every_form_is_measured_and_finds_what_it_says(tmp_path: Path) -> None:
         "64",
         "--nights",
         "2",
+        "--queries",
+        "4",
     ]
     done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -55,7 +57,9 @@ def test_every_form_is_measured_and_finds_what_it_says(tmp_path: Path) -> None:
     assert any("FAISS" in line for line in lines(found))
 
 
-@pytest.mark.parametrize(("rows", "dim", "nights"), [(100, 8, 0), (10_000, 0, 0), (10_000, 8, -1)])
-def test_sizes_that_tell_nothing_are_refused(rows: int, dim: int, nights: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "dim", "nights", "queries"), [(100, 8, 0, 1), (10_000, 0, 0, 1), (10_000, 8, -1, 1), (10_000, 8, 0, 0)]
+)
+def test_sizes_that_tell_nothing_are_refused(rows: int, dim: int, nights: int, queries: int) -> None:
     with pytest.raises(ConfigError):
-        bench_search(rows, dim, nights, say=lambda _: None)
+        bench_search(rows, dim, nights, num_queries=queries, say=lambda _: None)

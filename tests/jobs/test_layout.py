@@ -40,6 +40,15 @@ def test_a_table_on_the_command_line_is_a_path_unless_the_catalog_knows_its_name
     assert table_named(spark, "s3a://bucket/docs").path == "s3a://bucket/docs"
 
 
+def test_a_table_by_name_says_itself_where_its_sidecar_is(spark: SparkSession, tmp_path: Path) -> None:
+    spark.sql("CREATE SCHEMA IF NOT EXISTS shelf")
+    spark.sql("CREATE TABLE shelf.apart (id INT) USING delta TBLPROPERTIES ('shoal.sidecar' = '/scratch/apart')")
+    spark.sql("CREATE VIEW shelf.seen AS SELECT 1 AS id")
+
+    assert table_named(spark, "shelf.apart").sidecar == "/scratch/apart"
+    assert table_named(spark, "shelf.seen").sidecar.endswith(f"shelf.db/seen{SIDECAR_SUFFIX}")
+
+
 def test_a_schema_that_is_not_there_is_named(spark: SparkSession) -> None:
     with pytest.raises(
         DestinationError, match=r"destination\.table 'nowhere\.docs': the schema `nowhere` is not there"
@@ -80,6 +89,39 @@ def test_a_table_by_name_is_made_kept_in_step_and_searched_by_its_name(
     (failed,) = errors(spark, "shop.docs")
     assert failed["samples"] == [{"day": "2026-01-31", "price": "1.50", "my.n-1": 2, "chunk_index": 0, "text": None}]
     json.dumps([hits, failed])
+
+
+@pytest.mark.slow
+def test_an_external_table_is_kept_in_its_folder_and_found_by_name_and_by_path(
+    spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    spark.sql("CREATE SCHEMA IF NOT EXISTS shop")
+    spark.sql("DROP TABLE IF EXISTS shop.outside")
+    run = run_file(destination={"table": "shop.outside", "path": "out/my docs"})
+    write_rows([{"id": "a", "body": "one text"}, {"id": "b", "body": "two texts"}])
+    first = embed(spark, load_run(run)).record()
+    write_rows([{"id": "a", "body": "one text"}, {"id": "b", "body": "two other texts"}])
+    second = embed(spark, load_run(run)).record()
+
+    assert (first["table"], first["version"]) == ("shop.outside", 0)
+    assert (second["rows"]["changed"], second["chunks"]["encoded"]) == (1, 1)
+    folder = str(tmp_path / "out/my docs")
+    told = {row[0]: row[1] for row in spark.sql("DESCRIBE TABLE EXTENDED shop.outside").collect()}
+    assert (told["Type"], told["Location"]) == ("EXTERNAL", f"file:{folder}")
+    assert table_named(spark, "shop.outside").sidecar == f"{folder}{SIDECAR_SUFFIX}"
+    for name in ("shop.outside", folder):
+        (hits,) = search(spark, name, ["two other texts"], 1)
+        assert (hits[0]["id"], hits[0]["score"]) == ("b", 1.0)
+        assert [entry["run_id"] for entry in history(spark, name)] == [second["run_id"], first["run_id"]]
+
+    moved = run_file(destination={"table": "shop.outside", "path": "out/elsewhere"})
+    with pytest.raises(DestinationError, match=r"has 'shop\.outside' in file:/.*my docs, and destination\.path is"):
+        embed(spark, load_run(moved))
+    unknown = run_file(destination={"table": "shop.unknown", "path": "out/my docs"})
+    with pytest.raises(DestinationError, match=r"CREATE TABLE `shop`\.`unknown` USING delta LOCATION '/.*my docs'"):
+        embed(spark, load_run(unknown))
+    spark.sql(f"CREATE TABLE shop.unknown USING delta LOCATION '{folder}'")
+    assert embed(spark, load_run(unknown)).status == "unchanged"
 
 
 def test_an_empty_source_is_refused_and_leaves_no_table(
