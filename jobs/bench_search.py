@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,10 @@ def bench_search(
     num_nights: int,
     *,
     num_queries: int = QUERIES,
-    filters: bool = True,
+    skip: Collection[str] = (),
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The document that `--json` prints."""
+    """The document that `--json` prints; skip: what of library, batches, join and filters to leave out."""
     if num_rows < MIN_ROWS:
         raise ConfigError(f"--rows is {num_rows}; a thousandth of them is filtered for, ask for {MIN_ROWS} or more")
     if dim < 1 or num_queries < 1 or num_nights < 0:
@@ -88,7 +88,7 @@ def bench_search(
             bench = _Bench(spark, table, endpoint, num_queries, say)
             with thrift_server(spark, endpoint):
                 cores = len(os.sched_getaffinity(0))
-                return {"rows": num_rows, "dim": dim, "k": K, "cores": cores, **bench.go(num_nights, filters=filters)}
+                return {"rows": num_rows, "dim": dim, "k": K, "cores": cores, **bench.go(num_nights, skip)}
 
 
 @dataclass
@@ -104,14 +104,14 @@ class _Bench:
         self.queries_QD = self.table.queries(self.num_queries * WARM_ROUNDS)
         self.functions = Functions(self.spark, {NAME: self.table.path}, self.say)
 
-    def go(self, num_nights: int, *, filters: bool) -> dict[str, Any]:
+    def go(self, num_nights: int, skip: Collection[str]) -> dict[str, Any]:
         began = time.monotonic()
         self.table.publish()
         self.say(f"{self.table.rows:,} rows are published: {time.monotonic() - began:.1f} s")
         before = [self._form("ORDER BY .. LIMIT", PLAIN), self._form("NEAREST BY", NEAREST, times=1)]
         self._follow()
         before.append(self._form("exact", f"SELECT id FROM {NAME}_search('{{q}}', {K})"))
-        library = self._library()
+        library = [] if "library" in skip else [self._library()]
         began = time.monotonic()
         with operating(self.spark, self.table.path, VERB) as operation:
             made = build(operation)["index"]
@@ -121,18 +121,22 @@ class _Bench:
         document = {
             "index": made,
             "index_seconds": round(seconds, 2),
-            "forms": [*before, *self._indexed(), library],
-            "batches": self._batches(made["probes"][K]),
-            "join": self._joined(made["probes"][K]),
-            "filters": [self._filtered(f"{kind}{share}") for kind in "uc" for share in PER_MILLE if filters],
+            "forms": [*before, *self._indexed(), *library],
+            "batches": [] if "batches" in skip else self._batches(made["probes"][K]),
+            "join": None if "join" in skip else self._joined(made["probes"][K]),
+            "filters": [
+                self._filtered(f"{kind}{share}") for kind in "uc" for share in PER_MILLE if "filters" not in skip
+            ],
             "nights": num_nights,
             "after_nights": [],
         }
         if num_nights:
             for night in range(1, num_nights + 1):
+                began = time.monotonic()
                 self.table.night(NIGHT_SHARE, salt=night + 1)
                 with operating(self.spark, self.table.path, "maintain") as operation:
                     maintain(operation)
+                self.say(f"night {night} and its maintenance: {time.monotonic() - began:.1f} s")
             self._follow()
             document["after_nights"] = self._indexed()
         return document
@@ -320,10 +324,12 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{'':24} seconds  recall",
         *[_line(form) for form in found["forms"]],
     ]
-    told.append(f"{BATCH:,} vectors at once, together")
-    told += [_line(form) for form in found["batches"]]
-    told.append(f"all {found['rows']:,} with themselves")
-    told.append(f"{_line(found['join'])} {found['join']['exact_seconds']:7.0f} (exact, by a part)")
+    if found["batches"]:
+        told.append(f"{BATCH:,} vectors at once, together")
+        told += [_line(form) for form in found["batches"]]
+    if found["join"]:
+        told.append(f"all {found['rows']:,} with themselves")
+        told.append(f"{_line(found['join'])} {found['join']['exact_seconds']:7.0f} (exact, by a part)")
     if found["filters"]:
         told.append(f"{'':24} seconds  recall   exact")
         told += [f"{_line(form)} {form['exact_seconds']:7.3f}" for form in found["filters"]]

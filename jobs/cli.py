@@ -180,7 +180,8 @@ def build_parser() -> argparse.ArgumentParser:
     found.add_argument("--dim", type=int, default=384, help="numbers of a vector (default 384)")
     found.add_argument("--nights", type=int, default=0, help="nights of 1 %% change, then again (default 0)")
     found.add_argument("--queries", type=int, default=10, help="of each form, one after another (default 10)")
-    found.add_argument("--no-filters", dest="filters", action="store_false", help="leave the filtered searches out")
+    parts = ("library", "batches", "join", "filters")
+    found.add_argument("--skip", nargs="+", default=(), choices=parts, help="leave some of it out")
     embed = verbs.choices["embed"]
     embed.add_argument("--limit", type=int, metavar="N", help="try the run on N rows, into a scratch table")
     for verb in ("embed", "plan"):
@@ -643,9 +644,7 @@ def _bench_ranking(args: argparse.Namespace) -> int:
 def _bench_search(args: argparse.Namespace) -> int:
     from shoal.jobs import bench_search as verb
 
-    found = verb.bench_search(
-        args.rows, args.dim, args.nights, num_queries=args.queries, filters=args.filters, say=_say
-    )
+    found = verb.bench_search(args.rows, args.dim, args.nights, num_queries=args.queries, skip=args.skip, say=_say)
     _print(args, found, verb.lines(found))
     return 0
 

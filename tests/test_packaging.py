@@ -65,7 +65,7 @@ COMMAND_LINE = {
     "bench nightly": ["--chunks", "--debug", "--json", "--nights"],
     "bench ranking": ["--debug", "--json", "--model", "--queries", "--stemmer", "FOLDER"],
     "bench scale": ["--debug", "--json", "--rows"],
-    "bench search": ["--debug", "--dim", "--json", "--nights", "--no-filters", "--queries", "--rows"],
+    "bench search": ["--debug", "--dim", "--json", "--nights", "--queries", "--rows", "--skip"],
 }
 
 
