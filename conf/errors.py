@@ -28,6 +28,7 @@ CODES: Final[abc.Mapping[str, str]] = types.MappingProxyType(
     {
         # What stops a run, and every other verb.
         "CONFIG_INVALID": "the run file, a --set or the command line is wrong",
+        "PATH_OUTSIDE_ROOTS": "a path leads out of the places that this machine declares",
         "SOURCE_UNREADABLE": "the source is not there, or cannot be read to its end",
         "SOURCE_MISMATCH": "the source has other columns, keys or types than the run file says",
         "KEY_NULL": "rows of the source have NULL in their key",

@@ -13,6 +13,7 @@ from shoal.conf.declared import FileKind, core_type
 from shoal.conf.document import Document
 from shoal.conf.errors import ConfigError
 from shoal.conf.problems import find_problems, value_at
+from shoal.conf.roots import require_inside
 from shoal.conf.run import RunConfig, TrackingConfig
 from shoal.conf.section import SettingPath
 from shoal.conf.target import TargetConfig
@@ -61,6 +62,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     _raise_all([*found.problems, *problems, *find_problems(RUN_FILE, data, found)])
     config = RunConfig.model_validate(data)
     config.bind(folder, frozenset(found.hidden))
+    _require_inside(config)
     return config
 
 
@@ -188,6 +190,27 @@ def _resolved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         tracking.setdefault("uri", TrackingConfig.model_fields["uri"].default)
         _change(tracking, "uri", lambda uri: _tracking_uri(uri, folder))
     return data
+
+
+def _require_inside(config: RunConfig) -> None:
+    """ConfigError for a path out of the roots that this machine declares, if it does."""
+    for path in config.source.paths:
+        require_inside(path, "source.path", is_pattern=True)
+    database, gate = config.source.database, config.gate
+    tracking = re.sub(r"sqlite(\+\w+)?:///", "", config.tracking.uri).partition("?")[0]
+    is_tracked_here = config.tracking.enabled and tracking.startswith(("/", "file:"))
+    encoders = {"encoder.model": config.encoder, "next_encoder.model": config.next_encoder}
+    named = {
+        "source.database.password_file": database.password_file if database else None,
+        "destination.path": config.destination.path,
+        "destination.sidecar": config.destination.sidecar,
+        "gate.folder": gate.folder if gate else None,
+        "tracking.uri": tracking if is_tracked_here else None,
+        **{name: each.model for name, each in encoders.items() if each and each.form in ("folder", "store")},
+    }
+    for setting, path in named.items():
+        if path is not None:
+            require_inside(str(path), setting)
 
 
 def _change(section: dict[str, Any], name: str, change: Callable[[str], str]) -> None:

@@ -21,6 +21,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from shoal.conf.errors import ConfigError, DestinationError, RunError, first_line
+from shoal.conf.roots import require_inside
 from shoal.jobs.filesystem import FileSystem, absolute, full_disk, join, local_path
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import table_named
@@ -49,6 +50,7 @@ def export(spark: SparkSession, table: str, kind: str, out: str) -> dict[str, An
         _library(kind)  # before anything is read
     published = read_settled(spark, table_named(spark, table))
     out = absolute(out).rstrip("/")
+    require_inside(out, "--out")
     if FileSystem(spark, out).is_occupied(out):
         raise DestinationError(f"--out '{out}': something is there already, and it is left as it is; name a new folder")
     everything = published.rows(spark)

@@ -6,6 +6,7 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 
 from shoal.conf.errors import DestinationError
+from shoal.conf.roots import require_inside
 from shoal.conf.run import DestinationConfig
 from shoal.jobs.filesystem import absolute, join
 from shoal.jobs.hashing import quoted
@@ -84,6 +85,7 @@ def table_named(spark: SparkSession, table: str) -> TableRef:
     """The table that a user names on the command line: a path when it looks like one, else a catalog name."""
     if "/" in table or not _is_catalog_table(spark, table):
         path = absolute(table).rstrip("/")
+        require_inside(path, "the table")
         return TableRef(path, None, path + SIDECAR_SUFFIX)
     ref = TableRef(None, table, "")
     return replace(ref, sidecar=_recorded_sidecar(spark, ref) or _sidecar_of_name(spark, table))

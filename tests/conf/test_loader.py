@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -403,26 +402,20 @@ def test_resolved_settings_are_plain_json_and_load_again(tmp_path: Path) -> None
     assert again.redacted() == config.redacted()
 
 
-def test_loading_is_quick_and_imports_neither_spark_nor_torch(tmp_path: Path) -> None:
+def test_loading_imports_neither_spark_nor_torch(tmp_path: Path) -> None:
     code = (
-        "import sys, time; started = time.perf_counter()\n"
+        "import sys\n"
         "from shoal.conf.loader import load_run\n"
         f"load_run({str(write(tmp_path))!r})\n"
-        "print(time.perf_counter() - started)\n"
         "print([name for name in ('pyspark', 'torch', 'pyarrow', 'mlflow', 'numpy') if name in sys.modules])"
     )
-    seconds, heavy = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path
-    ).stdout.splitlines()
-    assert heavy == "[]"
-    assert float(seconds) < 1.5, "about 0.2 s on an idle core; the slack is for a busy machine"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]"
 
 
-def test_a_large_file_of_nonsense_is_refused_in_time_and_at_bearable_length(tmp_path: Path) -> None:
+def test_a_large_file_of_nonsense_is_refused_at_bearable_length(tmp_path: Path) -> None:
     file = write(tmp_path, GOOD + "".join(f"setting_{n}: {n}\n" for n in range(500)))
-    started = time.perf_counter()
     found = problems(file)
-    assert time.perf_counter() - started < 10
     assert len(found) == 101
     assert found[-1] == "And 400 more problems."
 
