@@ -65,7 +65,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         _require_inside(config)
     except ConfigError as error:
-        raise ConfigError(config.mask(str(error)), code=error.code) from None
+        error.args = (config.mask(str(error)),)
+        raise
     return config
 
 

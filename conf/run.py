@@ -227,6 +227,12 @@ class TrackingConfig(Section):
     tags: FreeEntries = Field(default_factory=dict, description="More tags for the MLflow run.")
 
 
+class LineageConfig(Section):
+    """Each run as OpenLineage's events; where they go is its client's own configuration (OPENLINEAGE_URL, a file)."""
+
+    namespace: Text = Field(default="shoal", description="Of the job, and of tables that a catalog names.")
+
+
 class EncodeConfig(Section):
     """How the encode phase is run: speed and price, never the vectors."""
 
@@ -378,6 +384,9 @@ class RunConfig(Section):
         default="manual",
         description="auto: a run also builds the index, compacts the table and vacuums what `destination.retain` has "
         "passed, when due. manual: `shoal status` says when `shoal index`, `optimize` and `vacuum` are due.",
+    )
+    lineage: LineageConfig | None = Field(
+        default=None, description="Unset: nobody is told what a run read and wrote. Needs openlineage-python."
     )
     on_success: HookConfig | None = Field(
         default=None, description="Whom to tell of a run that published, or found nothing to do."

@@ -294,10 +294,13 @@ def _file_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _embed(args: argparse.Namespace) -> int:
+    from shoal.jobs.lineage import require_client
+
     started = time.time()
     config = load_run(args.file, args.set)
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit is {args.limit}; try at least 1 row")
+    require_client(config)
     try:
         with _spark(config.spark, f"shoal embed {config.name}", config.places) as spark:
             from shoal.jobs.embed import Hooks, embed
@@ -321,9 +324,11 @@ def _embed(args: argparse.Namespace) -> int:
 
 
 def _tell(config: RunConfig, setting: Literal["on_success", "on_failure"], document: dict[str, Any]) -> None:
-    """Runs the hook of the run file; everything has been written down and the lease is released by then."""
+    """Lineage and the hook of the run file; everything has been written down and the lease is released by then."""
+    from shoal.jobs import lineage
     from shoal.jobs.notify import notify
 
+    lineage.tell(config, document, _say)
     facts = {f"SHOAL_{name.upper()}": str(document.get(name) or "") for name in ("status", "table", "run_id", "code")}
     notify(getattr(config, setting), setting, json.dumps(document, ensure_ascii=False), facts, _say)
 
