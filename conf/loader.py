@@ -198,8 +198,8 @@ def _resolved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _require_inside(config: RunConfig) -> None:
     """ConfigError for a path out of the roots that this machine declares, if it does."""
-    for path in config.source.paths:
-        require_inside(path, "source.path", is_pattern=True)
+    for pattern in config.source.paths:
+        require_inside(pattern, "source.path", is_pattern=True)
     database, gate = config.source.database, config.gate
     tracking = re.sub(r"sqlite(\+\w+)?:///", "", config.tracking.uri).partition("?")[0]
     is_tracked_here = config.tracking.enabled and tracking.startswith(("/", "file:"))
