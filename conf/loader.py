@@ -63,7 +63,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = RunConfig.model_validate(data)
     config.bind(folder, frozenset(found.hidden))
     try:
-        _require_inside(config)
+        for setting, where in config.named_paths:
+            require_inside(where, setting, is_pattern=setting == "source.path")
     except ConfigError as error:
         error.args = (config.mask(str(error)),)
         raise
@@ -194,27 +195,6 @@ def _resolved(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         tracking.setdefault("uri", TrackingConfig.model_fields["uri"].default)
         _change(tracking, "uri", lambda uri: _tracking_uri(uri, folder))
     return data
-
-
-def _require_inside(config: RunConfig) -> None:
-    """ConfigError for a path out of the roots that this machine declares, if it does."""
-    for pattern in config.source.paths:
-        require_inside(pattern, "source.path", is_pattern=True)
-    database, gate = config.source.database, config.gate
-    tracking = re.sub(r"sqlite(\+\w+)?:///", "", config.tracking.uri).partition("?")[0]
-    is_tracked_here = config.tracking.enabled and tracking.startswith(("/", "file:"))
-    encoders = {"encoder.model": config.encoder, "next_encoder.model": config.next_encoder}
-    named = {
-        "source.database.password_file": database.password_file if database else None,
-        "destination.path": config.destination.path,
-        "destination.sidecar": config.destination.sidecar,
-        "gate.folder": gate.folder if gate else None,
-        "tracking.uri": tracking if is_tracked_here else None,
-        **{name: each.model for name, each in encoders.items() if each and each.form in ("folder", "store")},
-    }
-    for setting, path in named.items():
-        if path is not None:
-            require_inside(path, setting)
 
 
 def _change(section: dict[str, Any], name: str, change: Callable[[str], str]) -> None:

@@ -1,5 +1,6 @@
 """The settings of a run: one frozen, closed class per section, each setting documented where it is declared."""
 
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -456,6 +457,23 @@ class RunConfig(Section):
         database = [self.source.database.url] if self.source.database else []
         named = [self.destination.path, self.destination.sidecar, *(encoder.model for encoder in encoders)]
         return [*self.source.paths, *database, *filter(None, named)]
+
+    @property
+    def named_paths(self) -> list[tuple[str, str]]:
+        """(setting, path) of all that lies on a disk or in a store: models there, and MLflow's files or database."""
+        database, gate = self.source.database, self.gate
+        encoders = {"encoder.model": self.encoder, "next_encoder.model": self.next_encoder}
+        tracking = re.sub(r"sqlite(\+\w+)?:///", "", self.tracking.uri).partition("?")[0]
+        named = {
+            "source.database.password_file": database.password_file if database else None,
+            "destination.path": self.destination.path,
+            "destination.sidecar": self.destination.sidecar,
+            "gate.folder": gate.folder if gate else None,
+            **{name: each.model for name, each in encoders.items() if each and each.form in ("folder", "store")},
+            "tracking.uri": tracking if self.tracking.enabled and tracking.startswith(("/", "file:")) else None,
+        }
+        paths = [("source.path", path) for path in self.source.paths]
+        return paths + [(setting, path) for setting, path in named.items() if path is not None]
 
     @property
     def folder(self) -> Path:

@@ -294,12 +294,12 @@ def _file_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _embed(args: argparse.Namespace) -> int:
-    from shoal.jobs.lineage import require_client
-
     started = time.time()
     config = load_run(args.file, args.set)
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit is {args.limit}; try at least 1 row")
+    from shoal.jobs.lineage import require_client
+
     require_client(config)
     try:
         with _spark(config.spark, f"shoal embed {config.name}", config.places) as spark:

@@ -1,7 +1,6 @@
 """`lineage` of a run file: what a run read and wrote, and how it ended, as OpenLineage's events by its own client."""
 
 import importlib
-import importlib.metadata
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -12,6 +11,7 @@ from shoal.conf.errors import ConfigError, first_line
 from shoal.conf.redact import scrub
 from shoal.conf.run import RunConfig
 from shoal.conf.source import SourceConfig
+from shoal.udfs.visit_udf import shoal_version
 
 PORTS = {"postgres": 5432, "mysql": 3306}
 """Of databases whose address may leave it out; OpenLineage's names have it."""
@@ -61,8 +61,7 @@ def _client_module(name: str) -> Any:
 def _events(config: RunConfig, namespace: str, document: dict[str, Any]) -> list[Any]:
     """The two events: the first says that there was a run, the second all that is known of it."""
     v2, facets = _client_module("event_v2"), _client_module("facet_v2")
-    version = importlib.metadata.version("shoal")
-    producer = f"urn:shoal:{version}"
+    version = shoal_version()
     ended = datetime.now(UTC)
     started = ended - timedelta(seconds=(document.get("seconds") or {}).get("total") or 0.0)
     about: dict[str, Any] = {
@@ -77,11 +76,10 @@ def _events(config: RunConfig, namespace: str, document: dict[str, Any]) -> list
     if config.source.query:
         of_job["sql"] = facets.sql_job.SQLJobFacet(config.mask(config.source.query))
     job = v2.Job(namespace, config.name, facets=of_job)
-    read = _inputs(config, namespace, document)
-    written = [_output(config, namespace, document)]
+    read, written = _inputs(config, namespace, document), [_output(config, namespace, document)]
     return [
         v2.RunEvent(
-            eventTime=at.isoformat(), producer=producer, run=v2.Run(str(number), facets=facts), job=job,
+            eventTime=at.isoformat(), producer=f"urn:shoal:{version}", run=v2.Run(str(number), facets=facts), job=job,
             eventType=v2.RunState[kind], inputs=read, outputs=written,
         )
         for kind, at, facts in (
@@ -92,27 +90,31 @@ def _events(config: RunConfig, namespace: str, document: dict[str, Any]) -> list
 
 def _inputs(config: RunConfig, namespace: str, document: dict[str, Any]) -> list[Any]:
     """The datasets of the source; of an SQL query none, whose text the job has."""
-    v2, facets = _client_module("event_v2"), _client_module("facet_v2")
-    version = document.get("source_version")
-    about = (
-        {} if version is None else {"version": facets.dataset_version_dataset.DatasetVersionDatasetFacet(str(version))}
-    )
-    return [v2.InputDataset(*each, facets=about) for each in names_of_source(config.source, namespace)]
+    dataset, about = _client_module("event_v2").InputDataset, _version(document.get("source_version"))
+    return [dataset(*each, facets=about) for each in names_of_source(config.source, namespace)]
 
 
 def _output(config: RunConfig, namespace: str, document: dict[str, Any]) -> Any:
     v2, facets = _client_module("event_v2"), _client_module("facet_v2")
     destination = config.destination
     named = (namespace, destination.table) if destination.table else name_of_path(destination.path or "")
-    about: dict[str, Any] = {"storage": facets.storage_dataset.StorageDatasetFacet("delta", "parquet")}
-    if document.get("version") is not None:
-        about["version"] = facets.dataset_version_dataset.DatasetVersionDatasetFacet(str(document["version"]))
+    about = {
+        "storage": facets.storage_dataset.StorageDatasetFacet("delta", "parquet"),
+        **_version(document.get("version")),
+    }
     counts: dict[str, Any] = {}
     if document.get("status") == "published":
         counts["outputStatistics"] = facets.output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(
             rowCount=document["chunks"]["planned"], size=document["bytes_written"]
         )
     return v2.OutputDataset(*named, facets=about, outputFacets=counts)
+
+
+def _version(number: int | None) -> dict[str, Any]:
+    """The facet of a dataset at a version, where there is one."""
+    if number is None:
+        return {}
+    return {"version": _client_module("facet_v2").dataset_version_dataset.DatasetVersionDatasetFacet(str(number))}
 
 
 def names_of_source(source: SourceConfig, namespace: str) -> list[tuple[str, str]]:

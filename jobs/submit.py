@@ -238,15 +238,8 @@ def _given_up(config: RunConfig, target: TargetConfig) -> list[str]:
 
 def _require_absolute(config: RunConfig) -> None:
     """ConfigError for what lies on this machine's disk: a driver inside the cluster runs elsewhere."""
-    named = {
-        "source.path": getattr(config.source, "path", None),
-        "destination.path": config.destination.path,
-        "destination.sidecar": config.destination.sidecar,
-        "encoder.model": config.encoder.model if config.encoder.form == "folder" else None,
-        "tracking.uri": config.tracking.uri if config.tracking.enabled else None,
-    }
     folder = f"{config.folder}{os.sep}"
-    here = [name for name, value in named.items() if folder in str(value)]
+    here = dict.fromkeys(setting for setting, path in config.named_paths if path.startswith(folder))
     if here:
         raise ConfigError(
             f"deploy_mode is cluster, and {', '.join(here)} lie beside the run file, on this machine, where a driver "

@@ -2,7 +2,6 @@
 
 import os
 import pwd
-import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster import free_port
 from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ConfigError, SourceError
@@ -46,9 +46,7 @@ class Database:
             self._data.mkdir()
             os.chown(self._data, identity.pw_uid, identity.pw_gid)
             folder.chmod(0o755)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self._call("initdb", "--auth=trust", "--no-sync", "--encoding=UTF8", "--username=owner", "-D", str(self._data))
         rules = "local all all trust\nhost all owner 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
         (self._data / "pg_hba.conf").write_text(rules)

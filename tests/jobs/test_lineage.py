@@ -1,17 +1,20 @@
 """What a lineage server is told of a run: a real HTTP server takes the events of OpenLineage's own client."""
 
 import json
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from pyspark.sql import SparkSession
 
 from shoal.conf.loader import load_run
 from shoal.conf.run import RunConfig
+from shoal.jobs.cli import main
 from shoal.jobs.lineage import name_of_database, name_of_path, tell
 
 RUN = """\
@@ -129,6 +132,31 @@ def test_the_end_is_told_as_it_was(server: Server, tmp_path: Path, status: str, 
     assert end["eventType"] == kind
     assert end["run"]["facets"]["errorMessage"]["message"] == "why it ended"
     assert "outputStatistics" not in end["outputs"][0].get("outputFacets", {})
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+def test_the_command_tells_of_a_run_that_published_and_of_one_that_was_refused(
+    spark: SparkSession, server: Server, run_file: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_rows([{"id": "a", "body": "one text"}])
+    run = str(run_file(lineage={"namespace": "nightly"}))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["embed", run]) == 0
+        published = server.events[-1]
+        assert main(["embed", run, "--set", "limits.min_rows=2"]) == 3
+        assert main(["embed", run, "--limit", "1"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert [event["eventType"] for event in server.events] == ["START", "COMPLETE", "START", "FAIL"]
+    assert [each["name"] for each in published["inputs"]] == [str(tmp_path / "corpus.jsonl")]
+    (written,) = published["outputs"]
+    assert (written["namespace"], written["name"]) == ("file", str(tmp_path / "out/docs"))
+    assert written["facets"]["version"]["datasetVersion"] == "0"
+    assert written["outputFacets"]["outputStatistics"]["rowCount"] == 1
+    assert "limits.min_rows is 2" in server.events[-1]["run"]["facets"]["errorMessage"]["message"]
 
 
 def test_a_query_is_told_with_the_job(server: Server, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyspark
 import pytest
-from cluster import clean_environment, die_with_parent
+from cluster import clean_environment, die_with_parent, free_port
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
@@ -51,9 +51,7 @@ print(json.dumps(told, default=str))
 def configured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Spark's folder of settings, which name a metastore that is running."""
     folder = tmp_path_factory.mktemp("metastore")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     properties = {
         "javax.jdo.option.ConnectionURL": f"jdbc:derby:;databaseName={folder}/catalog;create=true",
         "hive.metastore.warehouse.dir": f"{folder}/warehouse",

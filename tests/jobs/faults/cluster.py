@@ -41,7 +41,7 @@ class Cluster:
         """secret: what every application has to know; Spark's processes then encrypt what they say to each other."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.port, self.web = _free_port(), _free_port()
+        self.port, self.web = free_port(), free_port()
         self.address = f"spark://127.0.0.1:{self.port}"
         told = folder / "daemons.conf"
         gpus, secured = _gpu_settings(folder, num_gpus) if num_gpus else "", _secured(secret) if secret else ""
@@ -59,7 +59,7 @@ class Cluster:
         environment: more variables of it, which its executors and their Python workers inherit.
         """
         work = self.folder / f"work{len(self._daemons) - 1}"
-        ports = ["--port", str(_free_port()), "--webui-port", str(_free_port())]
+        ports = ["--port", str(free_port()), "--webui-port", str(free_port())]
         self._daemons.append(
             self._start(
                 self.folder, "Worker", *ports, *self._size, "--work-dir", str(work), self.address, **environment
@@ -183,7 +183,8 @@ def _secured(secret: str) -> str:
     return f"spark.authenticate true\nspark.authenticate.secret {secret}\nspark.network.crypto.enabled true\n"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
