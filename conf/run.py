@@ -265,6 +265,10 @@ class SparkConfig(Section):
     master: Text | None = Field(
         default=None, description="Spark master; unset: what spark-submit gives, else `local[*]`."
     )
+    remote: Text | None = Field(
+        default=None,
+        description="Server of Spark Connect, `sc://HOST:PORT`, instead of a Spark of our own; unset: SPARK_REMOTE.",
+    )
     driver_memory: Memory | None = Field(default=None, description="Memory of a driver that `shoal` starts itself.")
     conf: FreeEntries = Field(
         default_factory=dict, description="More Spark properties, by their full names (`spark.sql.shuffle.partitions`)."
@@ -273,7 +277,14 @@ class SparkConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         own = {"spark.master": "spark.master", "spark.driver.memory": "spark.driver_memory"}
-        raise_all(property_problems(self.conf, own))
+        problems = property_problems(self.conf, own)
+        if self.remote is not None:
+            if not self.remote.startswith("sc://"):
+                problems.append(SettingProblem((("remote",),), "a server of Spark Connect is named as sc://HOST:PORT"))
+            others = [(name,) for name in ("master", "driver_memory") if getattr(self, name) is not None]
+            if others:
+                problems.append(SettingProblem((("remote",), *others), "the server has its own; keep one of them"))
+        raise_all(problems)
         return self
 
 

@@ -6,7 +6,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from shoal.conf.section import FreeEntries, Memory, Section, SettingProblem, Text, property_problems, raise_all
 
-SCHEMES = {"standalone": "spark://", "kubernetes": "k8s://"}
+SCHEMES = {"standalone": "spark://", "kubernetes": "k8s://", "connect": "sc://"}
 """What the master of a kind starts with."""
 
 ENCODERS_PER_GPU = "spark.shoal.encodersPerGpu"
@@ -24,13 +24,19 @@ OWN_SETTINGS = {
 """Spark properties that a target has a setting for."""
 
 
+OF_THE_SERVER = ("spark_home", "python", "environment", "gpus", "driver_memory", "conf")
+"""What a client of Spark Connect has no say in."""
+
+
 class TargetConfig(Section):
     """A cluster, and how what a run needs gets there."""
 
-    kind: Literal["local", "standalone", "yarn", "kubernetes"] = Field(description="What manages the cluster.")
+    kind: Literal["local", "standalone", "yarn", "kubernetes", "connect"] = Field(
+        description="What manages the cluster; `connect`: whatever is behind a server of Spark Connect."
+    )
     master: Text | None = Field(
         default=None,
-        description="Spark master: `spark://HOST:PORT`, `k8s://https://HOST:PORT`; unset: `local[*]` or `yarn`.",
+        description="`spark://HOST:PORT`, `k8s://https://HOST:PORT` or `sc://HOST:PORT`; unset: `local[*]` or `yarn`.",
     )
     deploy_mode: Literal["client", "cluster"] = Field(
         default="client",
@@ -87,6 +93,9 @@ class TargetConfig(Section):
                     (("python",), ("environment",)), "a packed environment brings its Python; keep one of them"
                 )
             )
+        if self.kind == "connect" and (given := [name for name in OF_THE_SERVER if getattr(self, name)]):
+            advice = "the server of Spark Connect was started with its own; what a session may set is in the run file"
+            problems.append(SettingProblem(tuple((name,) for name in given), advice))
         if self.kind == "local" and self.gpus:
             advice = "a local master hands out no GPUs; name the GPU of this machine by encode.device of the run file"
             problems.append(SettingProblem((("kind",), ("gpus",)), advice))

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -24,7 +23,7 @@ from shoal.jobs.canary_store import load_probe
 from shoal.jobs.cells import CELL, FRESH, read_build
 from shoal.jobs.encoder_tasks import encoder_tasks, map_encoders
 from shoal.jobs.hashing import HASH_BYTES, columns_hash, content_hash, quoted
-from shoal.jobs.layout import TableRef, read_delta, table_named
+from shoal.jobs.layout import TableRef, is_delta, read_delta, table_named
 from shoal.jobs.prepare import encoder_of, worker_error
 from shoal.jobs.publish import missing_constraints
 from shoal.jobs.published import TERMS, Published, commits, exists, read_published
@@ -344,7 +343,7 @@ class _Auditing:
         }
 
     def _staging(self) -> None:
-        if not DeltaTable.isDeltaTable(self.spark, self.ref.staging):
+        if not is_delta(self.spark, self.ref.staging):
             return
         repair = f"delete the folder {self.ref.staging} while no run is alive; what was in it is encoded again"
         try:

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql import types as T
 
 from shoal.conf.redact import scrub
 from shoal.conf.run import TrackingConfig
 from shoal.jobs.filesystem import FileSystem, join
-from shoal.jobs.layout import TableRef, read_delta
+from shoal.jobs.layout import TableRef, create_delta, is_delta, read_delta
 from shoal.jobs.published import Published, State, commits
 from shoal.jobs.tracking import send
 
@@ -50,14 +48,8 @@ class Bookkeeper:
 
     def create(self) -> None:
         """Makes the runs table if it is absent."""
-        if DeltaTable.isDeltaTable(self.spark, self.ref.runs):
-            return
-        (
-            DeltaTable.createIfNotExists(self.spark)
-            .location(self.ref.runs)
-            .addColumns(T.StructType.fromDDL(RUNS_DDL))
-            .execute()
-        )
+        if not is_delta(self.spark, self.ref.runs):
+            create_delta(self.spark, self.ref.runs, RUNS_DDL)
 
     def recover(self, published: Published | None, tracking: TrackingConfig) -> None:
         """Writes down what the newest commits say of a run that died after them, and sends what MLflow has missed.

@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from shoal.jobs.layout import TableRef, read_delta
+from shoal.jobs.layout import TableRef, is_delta, read_delta
 from shoal.udfs.canaries import Canaries
 from shoal.udfs.encoder_spec import EncoderSpec
 
@@ -26,7 +25,7 @@ class Probe:
 
 def load_probe(spark: SparkSession, ref: TableRef, fingerprint: str) -> Probe | None:
     """The first probe of this encoder on this table, None when it was never used here."""
-    if not DeltaTable.isDeltaTable(spark, ref.canaries):
+    if not is_delta(spark, ref.canaries):
         return None
     rows = (
         read_delta(spark, ref.canaries)
@@ -40,7 +39,7 @@ def load_probe(spark: SparkSession, ref: TableRef, fingerprint: str) -> Probe | 
 
 def known_precision(spark: SparkSession, ref: TableRef, spec: EncoderSpec) -> tuple[str, str] | None:
     """Precision and back end that an earlier run settled for this encoder, before it could publish a table."""
-    if not DeltaTable.isDeltaTable(spark, ref.canaries):
+    if not is_delta(spark, ref.canaries):
         return None
     for row in read_delta(spark, ref.canaries).orderBy("probed_at").select("fingerprint", "report").collect():
         told = json.loads(row["report"])

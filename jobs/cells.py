@@ -20,7 +20,7 @@ from pyspark.sql import types as T
 from shoal.conf.errors import RefusedError
 from shoal.conf.run import MAX_CELLS
 from shoal.jobs.compaction import live_files, physical_name
-from shoal.jobs.layout import TableRef, read_delta
+from shoal.jobs.layout import TableRef, is_delta, read_delta
 from shoal.udfs.vectors import to_list_array
 
 CELL = "cell"
@@ -124,7 +124,7 @@ def cell_sizes(spark: SparkSession, sql: str) -> dict[int | None, CellSize]:
 
 def write_build(spark: SparkSession, ref: TableRef, build: str, centroids_CD: npt.NDArray[np.float32]) -> None:
     """Adds the centroids of a build; it means nothing until the published table names it."""
-    if not DeltaTable.isDeltaTable(spark, ref.cells):
+    if not is_delta(spark, ref.cells):
         schema = T.StructType.fromDDL(CELLS_DDL)
         DeltaTable.createIfNotExists(spark).location(ref.cells).addColumns(schema).execute()
     num_cells = len(centroids_CD)
@@ -142,7 +142,7 @@ def write_build(spark: SparkSession, ref: TableRef, build: str, centroids_CD: np
 
 def has_build(spark: SparkSession, ref: TableRef, made: Index) -> bool:
     """Whether all centroids of a build are there; they stay on executors."""
-    if not DeltaTable.isDeltaTable(spark, ref.cells):
+    if not is_delta(spark, ref.cells):
         return False
     return (
         read_delta(spark, ref.cells).where(F.col("build") == made.build).select(CELL).distinct().count() == made.cells
@@ -151,7 +151,7 @@ def has_build(spark: SparkSession, ref: TableRef, made: Index) -> bool:
 
 def read_build(spark: SparkSession, ref: TableRef, build: str) -> npt.NDArray[np.float32] | None:
     """Centroids float32 (C, D) of a build, None where it is not there or not whole."""
-    if not DeltaTable.isDeltaTable(spark, ref.cells):
+    if not is_delta(spark, ref.cells):
         return None
     rows = read_delta(spark, ref.cells).where(F.col("build") == build).orderBy(CELL).select(CELL, "centroid").collect()
     if not rows or [row[CELL] for row in rows] != list(range(len(rows))):

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from functools import reduce
 from typing import Any
 
-from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, Observation, SparkSession
@@ -25,7 +24,7 @@ from shoal.conf.errors import SourceError
 from shoal.conf.run import RunConfig
 from shoal.jobs.bookkeeping import RUN
 from shoal.jobs.hashing import quoted
-from shoal.jobs.layout import TableRef, read_delta
+from shoal.jobs.layout import TableRef, is_delta, read_delta
 from shoal.jobs.planner import (
     ACTION,
     CHANGED,
@@ -254,7 +253,7 @@ def _broken(spark: SparkSession, target: str, before: SourceState, now: SourceSt
 
 def last_unchanged(spark: SparkSession, ref: TableRef, published: Published) -> dict[str, Any] | None:
     """The newest run of the present generation that found nothing to do: it saw later versions of the source."""
-    if not DeltaTable.isDeltaTable(spark, ref.runs):
+    if not is_delta(spark, ref.runs):
         return None
     rows = read_delta(spark, ref.runs).where(F.col("kind") == RUN)
     rows = rows.where(

@@ -31,7 +31,7 @@ from shoal.jobs import config as config_verb
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-    from shoal.jobs.submit import Submission
+    from shoal.jobs.submit import RemoteCall, Submission
 
 EXIT_FAILED = 1
 SCHEDULERS = ("airflow", "cron", "kubernetes", "systemd")
@@ -302,7 +302,7 @@ def _embed(args: argparse.Namespace) -> int:
 
     require_client(config)
     try:
-        with _spark(config.spark, f"shoal embed {config.name}", config.places) as spark:
+        with _spark(config.spark, f"shoal embed {config.name}", config.places, by_connect=True) as spark:
             from shoal.jobs.embed import Hooks, embed
 
             report = embed(
@@ -335,7 +335,7 @@ def _tell(config: RunConfig, setting: Literal["on_success", "on_failure"], docum
 
 def _plan(args: argparse.Namespace) -> int:
     config = load_run(args.file, args.set)
-    with _spark(config.spark, f"shoal plan {config.name}", config.places) as spark:
+    with _spark(config.spark, f"shoal plan {config.name}", config.places, by_connect=True) as spark:
         from shoal.jobs import plan as verb
 
         found = verb.plan(spark, config, full_refresh=args.full_refresh)
@@ -362,7 +362,7 @@ def _submit(args: argparse.Namespace) -> int:
     return submission.run(_say)
 
 
-def _submission(args: argparse.Namespace, verb: str) -> "Submission":
+def _submission(args: argparse.Namespace, verb: str) -> "Submission | RemoteCall":
     """The verb with this command line's other arguments, on the target."""
     from shoal.jobs.submit import compose
 
@@ -394,7 +394,7 @@ def _schedule(args: argparse.Namespace) -> int:
 
 
 def _search(args: argparse.Namespace) -> int:
-    with _spark(SparkConfig(), "shoal search", [args.table]) as spark:
+    with _spark(SparkConfig(), "shoal search", [args.table], by_connect=True) as spark:
         from shoal.jobs.search import search
 
         hits = search(spark, args.table, [args.text], args.k, where=args.where)[0]
@@ -487,7 +487,7 @@ def hit_lines(hits: list[dict[str, Any]]) -> list[str]:
 
 
 def _history(args: argparse.Namespace) -> int:
-    with _spark(SparkConfig(), "shoal history", [args.table]) as spark:
+    with _spark(SparkConfig(), "shoal history", [args.table], by_connect=True) as spark:
         from shoal.jobs import history as verb
 
         entries = verb.history(spark, args.table)
@@ -509,7 +509,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _errors(args: argparse.Namespace) -> int:
-    with _spark(SparkConfig(), "shoal errors", [args.table]) as spark:
+    with _spark(SparkConfig(), "shoal errors", [args.table], by_connect=True) as spark:
         from shoal.jobs import errors as verb
 
         found = verb.errors(spark, args.table)
@@ -539,7 +539,7 @@ def _restore(args: argparse.Namespace) -> int:
     from shoal.jobs import restore as verb
 
     wanted = verb.Wanted(args.to, args.run, verb.parse_time(args.before) if args.before is not None else None)
-    with _spark(SparkConfig(), "shoal restore", [args.table]) as spark:
+    with _spark(SparkConfig(), "shoal restore", [args.table], by_connect=True) as spark:
         record = verb.restore(spark, args.table, wanted, say=_say)
         _print(args, record, verb.lines(record))
     return 0
@@ -655,16 +655,28 @@ def _bench_search(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _spark(settings: SparkConfig, app_name: str, places: Iterable[str] = ()) -> Iterator["SparkSession"]:
-    """A session that reaches the places, for the length of a verb; one that was there before is left running."""
+def _spark(
+    settings: SparkConfig, app_name: str, places: Iterable[str] = (), *, by_connect: bool = False
+) -> Iterator["SparkSession"]:
+    """A session that reaches the places, for the length of a verb; one that was there before is left running.
+
+    by_connect: whether the verb works through Spark Connect.
+    """
     logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
     from py4j.protocol import Py4JNetworkError
     from pyspark.sql import SparkSession
 
+    from shoal.jobs.remote import ADDRESS, address_of
     from shoal.jobs.session import default_log_file, open_spark
 
+    is_remote = address_of(settings) is not None
+    if is_remote and not by_connect:
+        raise ConfigError(
+            f"`{app_name}` does not work through Spark Connect; leave out spark.remote and {ADDRESS}, or name a master",
+            code="NOT_BY_CONNECT",
+        )
     running = SparkSession.getActiveSession()
-    if running is None:
+    if running is None and not is_remote:
         _say(f"Spark's own output: {default_log_file()}")
     spark = open_spark(settings, app_name=app_name, places=places)
     try:

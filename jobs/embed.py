@@ -30,6 +30,7 @@ from shoal.jobs.layout import SIDECAR_SUFFIX, TableRef, table_of
 from shoal.jobs.lease import Lease, held
 from shoal.jobs.maintenance import maintain
 from shoal.jobs.migration import FAILED, MOVE_IT, Migration, document_of, failure, next_run_id, settled_document
+from shoal.jobs.mounted_files import open_files
 from shoal.jobs.operation import Operation
 from shoal.jobs.planner import ChunkPlan, RowPlan
 from shoal.jobs.prepare import (
@@ -51,6 +52,7 @@ from shoal.jobs.publish import (
 )
 from shoal.jobs.published import Published, State, is_head, read_published
 from shoal.jobs.reconcile import count_encoded
+from shoal.jobs.remote import is_remote, require_supported
 from shoal.jobs.report import Report
 from shoal.jobs.session import described
 from shoal.jobs.source import SourceRows, as_one_state, read_source
@@ -72,9 +74,11 @@ def embed(
     run on so many rows and publishes to a scratch table beside the destination, made anew.
     """
     hooks = masked(hooks or Hooks(), config)
+    if is_remote(spark):
+        require_supported(config)
     run_id = new_run_id()
     ref = table_of(spark, config.destination)
-    files = FileSystem(spark, ref.sidecar)
+    files = open_files(spark, ref.sidecar)
     if limit is not None:
         ref = scratch_of(ref)
         files.delete(ref.path or "")
@@ -344,6 +348,9 @@ class _Run:
     def _maintain(self) -> None:
         """Compacts and vacuums what is due; should that fail, what has been published stands."""
         if self.config.maintenance != "auto" or self.limit is not None:
+            return
+        if is_remote(self.spark):
+            self.hooks.say("maintenance: not through Spark Connect; `shoal optimize` and `vacuum` do it elsewhere")
             return
         report, hooks = self.report, self.hooks
         with report.phase("maintain"):

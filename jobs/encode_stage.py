@@ -15,6 +15,7 @@ from shoal.conf.errors import WorkerError
 from shoal.jobs.encoder_tasks import map_encoders
 from shoal.jobs.layout import TableRef
 from shoal.jobs.prepare import worker_error
+from shoal.jobs.session import begin_group, cancel_group
 from shoal.jobs.staging import append_wave
 from shoal.udfs.canaries import Canaries
 from shoal.udfs.encode_udf import make_encode
@@ -62,9 +63,7 @@ def encode_waves(
 
     def attempt(wave: int, *, isolated: bool) -> None:
         how = ", isolated" if isolated else ""
-        spark.sparkContext.setJobGroup(
-            encode_group, f"shoal: encode wave {wave + 1} of {num_waves}{how}", interruptOnCancel=True
-        )
+        begin_group(spark, encode_group, f"shoal: encode wave {wave + 1} of {num_waves}{how}")
         target = None if progress is None else replace(progress, wave=wave)
         texts = in_slots(todo.where(F.col("wave") == wave), num_slots).select("content_hash", "text")
         function = make_encode(spec, options, canaries, target, isolated=isolated)
@@ -103,7 +102,7 @@ def encode_waves(
                     future.result()
         except BaseException as error:
             stopped.set()
-            spark.sparkContext.cancelJobGroup(encode_group)
+            cancel_group(spark, encode_group)
             if isinstance(error, (PySparkException, Py4JJavaError)):
                 raise worker_error(error) from error
             raise

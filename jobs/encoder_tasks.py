@@ -14,7 +14,8 @@ from pyspark.sql import DataFrame, SparkSession
 from shoal.conf.errors import ConfigError
 from shoal.conf.target import ENCODERS_PER_GPU
 from shoal.jobs.model_files import send_model
-from shoal.jobs.session import DYNAMIC, is_local, most_slots, slots
+from shoal.jobs.remote import is_remote
+from shoal.jobs.session import DYNAMIC, is_here, most_slots, slots
 from shoal.udfs.encoder_spec import EncoderSpec
 
 GPUS = "spark.executor.resource.gpu.amount"
@@ -45,12 +46,17 @@ def encoder_tasks(spark: SparkSession) -> EncoderTasks:
     a GPU to every task of Spark's, so that planning has no more tasks than there are GPUs. The cores of an executor
     are divided among its encoders. Raises ConfigError where executors come and go.
     """
-    context = spark.sparkContext
-    conf = context.getConf()
+    conf = spark.conf
     num_gpus = int(conf.get(GPUS, "0") or 0)
-    if not num_gpus or conf.get(GPUS_OF_ALL) or is_local(context.master or ""):
+    if not num_gpus or conf.get(GPUS_OF_ALL, "") or is_here(spark):
         now = slots(spark)
         return EncoderTasks(now, most_slots(conf, now))
+    if is_remote(spark):
+        raise ConfigError(
+            f"{GPUS} is {num_gpus} on the server, and a client of Spark Connect does not learn what its executors "
+            f"have; have the server started with {GPUS_OF_ALL}: 1, which gives every task a GPU"
+        )
+    context = spark.sparkContext
     if conf.get(DYNAMIC, "false") == "true":
         raise ConfigError(
             f"{GPUS} is {num_gpus} and {DYNAMIC} is true, which Spark does not have together unless every task gets a "
@@ -84,7 +90,7 @@ def map_encoders(
 
 def wait_for_executors(spark: SparkSession) -> int:
     """Number of executors, once there are some and no more come; in local mode the driver is the one."""
-    if is_local(spark.sparkContext.master or ""):
+    if is_here(spark):
         return 1
     end = time.monotonic() + WAIT_S
     found, since = 0, time.monotonic()
@@ -97,12 +103,12 @@ def wait_for_executors(spark: SparkSession) -> int:
 
 
 def failed_tasks(spark: SparkSession) -> dict[str, int]:
-    """Tasks that have failed on each executor that is there now, by its name; those without any, and the driver of a
-    local master, left out.
+    """Tasks that have failed on each executor that is there now, by its name; those without any, the driver of a local
+    master, and what lies behind Spark Connect left out.
 
     One that could not read what a lost executor had written counts too.
     """
-    if is_local(spark.sparkContext.master or ""):
+    if is_remote(spark) or is_here(spark):
         return {}
     return {f"{each.id()} ({each.hostPort()})": each.failedTasks() for each in _executors(spark) if each.failedTasks()}
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 
 from shoal.conf.run import RunConfig
@@ -15,7 +14,7 @@ from shoal.jobs.estimate import Estimate, estimate
 from shoal.jobs.filesystem import join
 from shoal.jobs.have import Have, find_have, look_back
 from shoal.jobs.hooks import Hooks
-from shoal.jobs.layout import TableRef
+from shoal.jobs.layout import TableRef, is_delta
 from shoal.jobs.lease import Lease
 from shoal.jobs.planner import ChunkPlan, Keep, RowPlan, Take, Waves, plan_chunks
 from shoal.jobs.prepare import FULL_REFRESH, Encoding, options_of, try_out
@@ -23,6 +22,7 @@ from shoal.jobs.progress import Points, shown_progress
 from shoal.jobs.publish import assemble
 from shoal.jobs.published import Published
 from shoal.jobs.reconcile import Account, reconcile
+from shoal.jobs.remote import is_remote, own_address
 from shoal.jobs.staging import staged_errors, staged_vectors
 from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.progress import ProgressReceiver, ProgressTarget
@@ -66,7 +66,7 @@ class EncoderWork:
         self, rows: RowPlan, published: Published | None, take: Take | None = None
     ) -> tuple[ChunkPlan, Have]:
         """The chunks of the rows, and where their vectors are; `take` picks what to encode of what has none."""
-        staged = DeltaTable.isDeltaTable(self.spark, self.ref.staging)
+        staged = is_delta(self.spark, self.ref.staging)
         if rows.replace == FULL_REFRESH and _is_same(published, rows, self.spec):
             # Nothing but damage asks for that, so what is published is not taken over.
             published = None
@@ -91,7 +91,7 @@ class EncoderWork:
     def rate(self) -> float:
         """Tokens per second of the whole cluster, out of the newest run; before the first only the trial knows it."""
         rate = None
-        if DeltaTable.isDeltaTable(self.spark, self.ref.runs):
+        if is_delta(self.spark, self.ref.runs):
             rate = Bookkeeper(self.spark, self.ref, lambda _: None).last_rate(self.spec.fingerprint)
         return rate or float(self.probe().report["tokens_per_s"]) * encoder_tasks(self.spark).slots
 
@@ -127,9 +127,7 @@ class EncoderWork:
             hooks.step(f"{step_prefix}{name}")
 
         failed = failed_tasks(self.spark)
-        host = self.spark.conf.get("spark.driver.host") or "127.0.0.1"
-        # Workers send to the address that the driver advertises; it need not be one that this host can bind.
-        bound = self.spark.conf.get("spark.driver.bindAddress", host) or host
+        host, bound = _listening(self.spark)
         with ProgressReceiver(run_id, host=bound) as receiver:
             num_done = chunks.distinct - chunks.num_todo
             with shown_progress(receiver, chunks.num_todo, num_done, started, hooks.console, hooks.say) as points:
@@ -182,6 +180,14 @@ class KeptBelow:
         path = join(self.folder, name)
         (table.write.partitionBy(partition_by) if partition_by else table.write).parquet(path)
         return self.spark.read.parquet(path)
+
+
+def _listening(spark: SparkSession) -> tuple[str, str]:
+    """The address that workers send their progress to, and the one to bind, which need not be the same."""
+    if is_remote(spark):
+        return own_address(spark), own_address(spark)
+    host = spark.conf.get("spark.driver.host") or "127.0.0.1"
+    return host, spark.conf.get("spark.driver.bindAddress", host) or host
 
 
 def _is_same(published: Published | None, rows: RowPlan, spec: EncoderSpec) -> bool:

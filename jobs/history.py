@@ -3,12 +3,11 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
 from shoal.conf.errors import DestinationError
 from shoal.jobs.bookkeeping import Bookkeeper
-from shoal.jobs.layout import table_named
+from shoal.jobs.layout import is_delta, table_named
 from shoal.jobs.published import commits, exists, read_published
 
 
@@ -18,7 +17,7 @@ def history(spark: SparkSession, table: str) -> list[dict[str, Any]]:
     there = exists(spark, ref)
     published = read_published(spark, ref) if there else None
     ref = published.ref if published else ref
-    has_runs = DeltaTable.isDeltaTable(spark, ref.runs)
+    has_runs = is_delta(spark, ref.runs)
     if not there and not has_runs:
         raise DestinationError(
             f"table '{table}': there is no such table, and no run has tried to make it", code="TABLE_NOT_FOUND"

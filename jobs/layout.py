@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 
@@ -10,8 +11,10 @@ from shoal.conf.roots import require_inside
 from shoal.conf.run import DestinationConfig
 from shoal.jobs.filesystem import absolute, join
 from shoal.jobs.hashing import quoted
+from shoal.jobs.remote import is_remote
 
 SIDECAR_SUFFIX = "__shoal"
+NO_TABLE = ("PATH_NOT_FOUND", "DELTA_TABLE_NOT_FOUND", "DELTA_PATH_DOES_NOT_EXIST", "DELTA_MISSING_DELTA_TABLE")
 SIDECAR_PROPERTY = "shoal.sidecar"
 """Of a table whose sidecar is not where its name or path would have it."""
 
@@ -94,6 +97,27 @@ def table_named(spark: SparkSession, table: str) -> TableRef:
 def read_delta(spark: SparkSession, path: str) -> DataFrame:
     """A sidecar table as it is now."""
     return spark.read.format("delta").load(path)
+
+
+def is_delta(spark: SparkSession, path: str) -> bool:
+    """Whether there is a Delta table at a path."""
+    if not is_remote(spark):
+        return bool(DeltaTable.isDeltaTable(spark, path))
+    # Delta's own call wants a plugin of the server's.
+    try:
+        return len(read_delta(spark, path).schema) > 0
+    except AnalysisException as error:
+        if error.getCondition() in NO_TABLE:
+            return False
+        raise
+
+
+def create_delta(spark: SparkSession, path: str, columns: str, more: str = "") -> None:
+    """Makes an empty Delta table at a path, unless there is one: two drivers that create it by a first append collide.
+
+    columns, and more after them: as in CREATE TABLE.
+    """
+    spark.sql(f"CREATE TABLE IF NOT EXISTS delta.{quoted(path)} ({columns}) USING delta {more}")
 
 
 def _is_catalog_table(spark: SparkSession, name: str) -> bool:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -21,7 +20,7 @@ from shoal.jobs.cells import FRESH, CellSize, Index, cell_sizes, has_build
 from shoal.jobs.compaction import MAX_DELETED_SHARE, SMALL_BYTES, TableSize, compact, size_of
 from shoal.jobs.filesystem import FileSystem
 from shoal.jobs.indexing import FOLDED, build, fold, has_drifted
-from shoal.jobs.layout import TableRef, read_delta
+from shoal.jobs.layout import TableRef, is_delta, read_delta
 from shoal.jobs.operation import Operation
 from shoal.jobs.published import Published
 from shoal.jobs.sweep import Part, stale_encoders, sweep, tables
@@ -148,7 +147,7 @@ def last_fit(spark: SparkSession, published: Published, min_rows: int = DEFAULT.
     A fold of fewer than `min_rows` rows is passed over.
     """
     ref, made = published.ref, published.index
-    if made is None or not DeltaTable.isDeltaTable(spark, ref.runs):
+    if made is None or not is_delta(spark, ref.runs):
         return None
     runs = read_delta(spark, ref.runs).where((F.col("kind") == RUN) & F.col("record").contains(f'"{FOLDED}"'))
     of_build = runs.where(
@@ -198,7 +197,7 @@ def _why_vacuum(
 
 def _vacuums(spark: SparkSession, ref: TableRef) -> tuple[int | None, int | None]:
     """When the newest vacuum and the first run that is written down were, in ms."""
-    if not DeltaTable.isDeltaTable(spark, ref.runs):
+    if not is_delta(spark, ref.runs):
         return None, None
     runs = read_delta(spark, ref.runs).where(F.col("kind") == RUN)
     at = F.coalesce(*[F.get_json_object("record", f"$.{path}.at_ms") for path in ("vacuum", "maintenance.vacuum")])

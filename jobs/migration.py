@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
@@ -30,6 +29,7 @@ from shoal.jobs.estimate import Estimate, warnings_of
 from shoal.jobs.gate import check_gate
 from shoal.jobs.have import Have
 from shoal.jobs.hooks import Hooks
+from shoal.jobs.layout import is_delta
 from shoal.jobs.lease import Lease
 from shoal.jobs.planner import ChunkPlan, RowPlan, plan_rows
 from shoal.jobs.prepare import comparable, worker_error
@@ -114,7 +114,7 @@ class _Tonight:
     def __call__(self, missing: DataFrame, number: int) -> tuple[DataFrame, int]:
         spark, ref = self.work.spark, self.work.ref
         marked = missing.withColumn(_TRIED, F.lit(0))
-        if DeltaTable.isDeltaTable(spark, ref.staging):
+        if is_delta(spark, ref.staging):
             failed = staged_errors(spark, ref, self.work.spec.fingerprint)
             failed = failed.select("content_hash", F.lit(1).alias("__failed"))
             marked = missing.join(failed, on="content_hash", how="left")

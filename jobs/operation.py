@@ -17,6 +17,7 @@ from shoal.jobs.changes import last_unchanged
 from shoal.jobs.filesystem import FileSystem
 from shoal.jobs.layout import TableRef, table_named
 from shoal.jobs.lease import Lease, held
+from shoal.jobs.mounted_files import open_files
 from shoal.jobs.publish import Target, commit_sql
 from shoal.jobs.published import Published, State, read_settled
 from shoal.jobs.report import PHASES
@@ -135,7 +136,7 @@ def operating(
     Raises DestinationError when there is no such table, BusyError when a run is alive on it.
     """
     found = table_of_ours(spark, table)
-    files, run_id = FileSystem(spark, found.ref.sidecar), new_run_id()
+    files, run_id = open_files(spark, found.ref.sidecar), new_run_id()
     with held(files, found.ref.lease, run_id, say=say) as lease:
         step("lease taken")
         published = table_of_ours(spark, table)

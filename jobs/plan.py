@@ -9,7 +9,6 @@ from pyspark.sql import functions as F
 
 from shoal.conf.run import RunConfig
 from shoal.jobs.changes import find_difference
-from shoal.jobs.compaction import size_of
 from shoal.jobs.encoder_work import EncoderWork
 from shoal.jobs.estimate import warnings_of
 from shoal.jobs.layout import table_of
@@ -19,6 +18,7 @@ from shoal.jobs.planner import ACTION, NEW, RowPlan, key_range, near
 from shoal.jobs.prepare import Encoders, describe_encoders, replace_reason, resolve_encoder
 from shoal.jobs.publish import published_columns
 from shoal.jobs.published import Published, read_published
+from shoal.jobs.remote import is_remote, require_supported
 from shoal.jobs.source import SourceRows, read_source
 from shoal.udfs.terms import describe_terms
 
@@ -30,6 +30,8 @@ def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) 
 
     Keys as in a run's document, with what the run would report: `encoded` are the chunks to encode.
     """
+    if is_remote(spark):
+        require_supported(config)
     ref = table_of(spark, config.destination)
     published = read_published(spark, ref)
     encoders = describe_encoders(config).on(published)
@@ -91,13 +93,14 @@ def _reads(spark: SparkSession, source: SourceRows, published: Published | None,
     A MERGE opens every file of the table that may hold one of the keys concerned: few where keys that change together
     lie together, all of them where they are spread.
     """
-    leaves = source.rows._jdf.queryExecution().optimizedPlan().collectLeaves()
-    sizes = [int(leaves.apply(index).stats().sizeInBytes()) for index in range(leaves.size())]
-    # Of a database Spark knows no size, and takes the largest number that there is for it.
-    known = sum(sizes) if max(sizes, default=0) < UNKNOWN_BYTES else None
-    found: dict[str, Any] = {"source_bytes": known, "table_files": 0, "merge_files": 0, "merge_bytes": 0}
+    found: dict[str, Any] = {
+        "source_bytes": _source_bytes(source),
+        "table_files": 0,
+        "merge_files": 0,
+        "merge_bytes": 0,
+    }
     if published is not None:
-        found["table_files"] = size_of(spark, published.ref.sql).files
+        found["table_files"] = spark.sql(f"DESCRIBE DETAIL {published.ref.sql}").collect()[0]["numFiles"]
     if published is not None and rows.replace is None:
         touched = key_range(rows.rows.where(F.col(ACTION) != NEW), rows.keys)
         file = F.col("_metadata.file_path").alias("path"), F.col("_metadata.file_size").alias("size")
@@ -105,6 +108,16 @@ def _reads(spark: SparkSession, source: SourceRows, published: Published | None,
         opened = files.agg(F.count(F.lit(1)).alias("files"), F.sum("size").alias("bytes")).collect()[0]
         found |= {"merge_files": opened["files"], "merge_bytes": opened["bytes"] or 0}
     return found
+
+
+def _source_bytes(source: SourceRows) -> int | None:
+    """What Spark takes a source's files to be; None of a database, and through Spark Connect, which does not say it."""
+    if is_remote(source.rows.sparkSession):
+        return None
+    leaves = source.rows._jdf.queryExecution().optimizedPlan().collectLeaves()
+    sizes = [int(leaves.apply(index).stats().sizeInBytes()) for index in range(leaves.size())]
+    # Of a database Spark knows no size, and takes the largest number that there is for it.
+    return sum(sizes) if max(sizes, default=0) < UNKNOWN_BYTES else None
 
 
 def _migration(

@@ -24,7 +24,8 @@ from shoal.jobs.layout import TableRef
 from shoal.jobs.model_source import pinned_reference, resolve_spec
 from shoal.jobs.publish import missing_constraints
 from shoal.jobs.published import Published
-from shoal.jobs.session import DYNAMIC, is_local
+from shoal.jobs.remote import is_remote
+from shoal.jobs.session import DYNAMIC, is_here
 from shoal.jobs.source import SourceRows
 from shoal.udfs.encode_udf import ArrowFunction, make_canaries, make_probe
 from shoal.udfs.encoder import EncodeOptions
@@ -167,8 +168,8 @@ def try_out(spark: SparkSession, spec: EncoderSpec, options: EncodeOptions) -> t
     told = probe_of("", row["report"], row["vectors"]).report
     resolved = replace(spec, precision=told["precision"], backend=told["backend"])
     first = probe_of(resolved.fingerprint, row["report"], row["vectors"])
-    if not is_local(spark.sparkContext.master or ""):
-        if spark.conf.get(DYNAMIC, "false") != "true":
+    if not is_here(spark):
+        if spark.conf.get(DYNAMIC, "false") != "true" and not is_remote(spark):
             wait_for_executors(spark)
         num_tasks = min(encoder_tasks(spark).slots, MOST_TRIALS)
         others = _told(spark, resolved, make_canaries(resolved, options), num_tasks)

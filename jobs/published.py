@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import DataFrame, SparkSession
@@ -13,9 +12,11 @@ from pyspark.sql import functions as F
 
 from shoal.conf.errors import DestinationError, first_line
 from shoal.jobs.cells import INDEX_PROPERTY, Index
-from shoal.jobs.filesystem import FileSystem
+from shoal.jobs.filesystem import local_path
 from shoal.jobs.hashing import quoted
-from shoal.jobs.layout import SIDECAR_PROPERTY, TableRef
+from shoal.jobs.layout import SIDECAR_PROPERTY, TableRef, is_delta
+from shoal.jobs.mounted_files import open_files
+from shoal.jobs.remote import is_remote
 
 FORMAT = 1
 FORMAT_PROPERTY = "shoal.format"
@@ -186,7 +187,7 @@ def exists(spark: SparkSession, ref: TableRef) -> bool:
     """Whether there is a table at all; DestinationError when something else stands in its place."""
     if ref.name:
         there = bool(spark.catalog.tableExists(ref.sql))
-        if not there and ref.location and DeltaTable.isDeltaTable(spark, ref.location):
+        if not there and ref.location and is_delta(spark, ref.location):
             raise DestinationError(
                 f"destination.path '{ref.location}': there is a table there that the catalog does not know as "
                 f"'{ref.name}'; tell it by CREATE TABLE {ref.sql} USING delta LOCATION '{ref.location}', or name "
@@ -194,9 +195,12 @@ def exists(spark: SparkSession, ref: TableRef) -> bool:
                 code="TABLE_NOT_REGISTERED",
             )
         return there
-    if DeltaTable.isDeltaTable(spark, ref.path or ""):
+    if is_delta(spark, ref.path or ""):
         return True
-    if FileSystem(spark, ref.path or "").is_occupied(ref.path or ""):
+    path = ref.path or ""
+    # Delta itself refuses a folder with something in it, where nobody can look before.
+    can_look = not is_remote(spark) or local_path(path) is not None
+    if can_look and open_files(spark, path).is_occupied(path):
         raise DestinationError(
             f"destination.path '{ref.path}': there is something there that is no Delta table; "
             f"name an empty or a new folder",
@@ -253,7 +257,7 @@ def read_published(spark: SparkSession, ref: TableRef) -> Published | None:
 
 
 def _qualified(spark: SparkSession, path: str) -> str:
-    return FileSystem(spark, path).qualified(path)
+    return open_files(spark, path).qualified(path)
 
 
 def read_settled(spark: SparkSession, ref: TableRef) -> Published:

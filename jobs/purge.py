@@ -29,7 +29,7 @@ from pyspark.sql import types as T
 from shoal.conf.errors import ConfigError, InternalError, RunError
 from shoal.jobs.filesystem import FileSystem, full_disk, join
 from shoal.jobs.hashing import quoted
-from shoal.jobs.layout import read_delta
+from shoal.jobs.layout import is_delta, read_delta
 from shoal.jobs.operation import Operation, operating, table_of_ours
 from shoal.jobs.published import HASHES, Published, keys_that_differ
 
@@ -198,7 +198,7 @@ class _Purging:
         operation = self.operation
         spark, ref = operation.spark, operation.ref
         operation.lease.check()
-        if not DeltaTable.isDeltaTable(spark, ref.staging):
+        if not is_delta(spark, ref.staging):
             return
         live = ref.read(spark).select("content_hash").where(F.col("content_hash").isNotNull()).distinct()
         done.staged = read_delta(spark, ref.staging).join(live, on="content_hash", how="left_anti").count()
@@ -213,7 +213,7 @@ class _Purging:
         operation = self.operation
         spark, ref, made = operation.spark, operation.ref, operation.published.index
         operation.lease.check()
-        if not DeltaTable.isDeltaTable(spark, ref.cells):
+        if not is_delta(spark, ref.cells):
             return
         DeltaTable.forPath(spark, ref.cells).delete(F.col("build") != (made.build if made else ""))
         self._leave_head_only(ref.cells)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ConfigError, DestinationError, RefusedError, RunError, ShoalError
 from shoal.jobs.bookkeeping import Bookkeeper
+from shoal.jobs.layout import is_delta
 from shoal.jobs.operation import Operation, operating, table_of_ours
 from shoal.jobs.published import HASHES, WITHOUT_DATA_CHANGE, Commit, commits, readable
 
@@ -166,7 +166,7 @@ def _ended(history: list[Commit]) -> str:
 def _no_such_run(spark: SparkSession, table: str, ours: list[Commit], run: str, history: list[Commit]) -> ShoalError:
     ref = table_of_ours(spark, table).ref
     known = None
-    if DeltaTable.isDeltaTable(spark, ref.runs):
+    if is_delta(spark, ref.runs):
         records = Bookkeeper(spark, ref, lambda _: None).records()
         known = next((record for record in records if record["run_id"] == run), None)
     if known is None:

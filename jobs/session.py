@@ -7,14 +7,18 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from pyspark import SparkConf, SparkContext
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.conf import RuntimeConfig
 
 from shoal.conf.errors import ConfigError, RunError, first_line
 from shoal.conf.run import SparkConfig
 from shoal.jobs.jars import JARS_OF_SPARK, Artifact, connectors, delta
+from shoal.jobs.remote import ADDRESS, address_of, is_remote, open_remote
 
 DELTA_EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 DELTA_CATALOG = "org.apache.spark.sql.delta.catalog.DeltaCatalog"
@@ -54,6 +58,9 @@ DYNAMIC = "spark.dynamicAllocation.enabled"
 NO_LIMIT = 2**31 - 1
 """How Spark says that there may be any number of executors."""
 
+_SLOTS: "WeakKeyDictionary[SparkSession, int]" = WeakKeyDictionary()
+"""Of servers of Spark Connect, which are asked by a job."""
+
 EXCLUDING = "spark.excludeOnFailure."
 _CLUSTER_DEFAULTS = {
     # A task that an executor fails twice (a broken GPU, a full disk) goes elsewhere, instead of failing there so often
@@ -73,6 +80,8 @@ def open_spark(
 ) -> SparkSession:
     """The running session if there is one, else a new one; what spark-submit set wins over our defaults.
 
+    With `spark.remote`, or SPARK_REMOTE in the environment, it is one of Spark Connect's.
+
     places: what will be read and written, for the connectors of object stores, which come from Maven where need be.
     Spark's and the Python workers' output goes to `log_file` (default: `default_log_file()`). Raises RunError when the
     JVM does not start, ConfigError when a running session lacks Delta.
@@ -81,6 +90,12 @@ def open_spark(
     if active is not None:
         _require_delta(active)
         return active
+    if address := address_of(settings):
+        remote = open_remote(address, settings, _DEFAULTS)
+        _require_delta(remote)
+        return remote
+    # Spark would go where it points, whatever the settings say.
+    os.environ.pop(ADDRESS, None)
     log_file = log_file or default_log_file()
     master = settings.master
     try:
@@ -203,6 +218,16 @@ def described(spark: SparkSession, text: str, run_id: str) -> Iterator[None]:
 
     Structured logs, and patterns with %X{mdc.shoal_run}, have the run with every line of a task.
     """
+    if is_remote(spark):
+        tags = [f"shoal: {run_id}", text.replace(",", ";")]
+        for tag in tags:
+            spark.addTag(tag)
+        try:
+            yield
+        finally:
+            for tag in tags:
+                spark.removeTag(tag)
+        return
     context = spark.sparkContext
     wanted = {"spark.job.description": text, LOGGED_RUN: run_id}
     before = {name: context.getLocalProperty(name) for name in wanted}
@@ -215,19 +240,45 @@ def described(spark: SparkSession, text: str, run_id: str) -> Iterator[None]:
             context.setLocalProperty(name, former)  # type: ignore[arg-type] # None takes it away
 
 
+def begin_group(spark: SparkSession, group: str, text: str) -> None:
+    """Makes the jobs that this thread starts from here on members of a group; text: what Spark's UI calls them."""
+    if is_remote(spark):
+        spark.addTag(group)
+    else:
+        spark.sparkContext.setJobGroup(group, text, interruptOnCancel=True)
+
+
+def cancel_group(spark: SparkSession, group: str) -> None:
+    """Ends the jobs of a group, and their tasks."""
+    if is_remote(spark):
+        spark.interruptTag(group)
+    else:
+        spark.sparkContext.cancelJobGroup(group)
+
+
 def is_local(master: str) -> bool:
     """Whether the driver does the work itself, so that all it has is there."""
     return re.match(r"local(\[|$)", master) is not None
 
 
+def is_here(spark: SparkSession) -> bool:
+    """Whether all work of a session is done in this process and its children, on this machine."""
+    return not is_remote(spark) and is_local(spark.sparkContext.master or "")
+
+
 def slots(spark: SparkSession) -> int:
     """Tasks that run at the same time, as far as Spark knows now."""
+    if is_remote(spark):
+        if spark not in _SLOTS:
+            # Nothing tells a client, but a range has as many parts.
+            _SLOTS[spark] = spark.range(1 << 12).select(F.spark_partition_id()).distinct().count()
+        return _SLOTS[spark]
     return max(1, spark.sparkContext.defaultParallelism)
 
 
-def most_slots(conf: SparkConf, now: int) -> int:
+def most_slots(conf: SparkConf | RuntimeConfig, now: int) -> int:
     """Slots with as many executors as dynamic allocation may ask for; `now`: what those have that are there."""
-    most = int(conf.get("spark.dynamicAllocation.maxExecutors") or NO_LIMIT)
+    most = int(conf.get("spark.dynamicAllocation.maxExecutors", "") or NO_LIMIT)
     if conf.get(DYNAMIC, "false") != "true" or most >= NO_LIMIT:
         return max(1, now)
     tasks = int(conf.get("spark.executor.cores", "1") or 1) // int(conf.get("spark.task.cpus", "1") or 1)

@@ -3,12 +3,11 @@
 import re
 from urllib.parse import unquote
 
-from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql import types as T
 
-from shoal.jobs.layout import TableRef, read_delta
+from shoal.jobs.hashing import quoted
+from shoal.jobs.layout import TableRef, create_delta, is_delta, read_delta
 from shoal.jobs.session import with_settings
 
 STAGING_DDL = (
@@ -20,17 +19,10 @@ COLUMNS = ("fingerprint", "content_hash", "embedding", "n_tokens", "truncated", 
 
 
 def create_staging(spark: SparkSession, ref: TableRef) -> None:
-    """Makes the table if it is absent: two drivers that create one by their first append collide."""
-    if DeltaTable.isDeltaTable(spark, ref.staging):
-        return
-    (
-        DeltaTable.createIfNotExists(spark)
-        .location(ref.staging)
-        .addColumns(T.StructType.fromDDL(STAGING_DDL))
-        .partitionedBy("fingerprint")
-        .property("delta.dataSkippingStatsColumns", "run_id")
-        .execute()
-    )
+    """Makes the table if it is absent."""
+    if not is_delta(spark, ref.staging):
+        skipping = "PARTITIONED BY (fingerprint) TBLPROPERTIES ('delta.dataSkippingStatsColumns' = 'run_id')"
+        create_delta(spark, ref.staging, STAGING_DDL, skipping)
 
 
 def append_wave(vectors: DataFrame, ref: TableRef, *, fingerprint: str, run_id: str, wave: str) -> None:
@@ -97,6 +89,5 @@ def mend_staging(spark: SparkSession, ref: TableRef, failure: Exception) -> bool
 
 def trim_staging(spark: SparkSession, ref: TableRef, fingerprint: str) -> None:
     """Empties the partition of an encoder whose vectors have been published."""
-    staged = DeltaTable.forPath(spark, ref.staging)
     if not staged_rows(spark, ref, fingerprint).isEmpty():
-        staged.delete(F.col("fingerprint") == fingerprint)
+        spark.sql(f"DELETE FROM delta.{quoted(ref.staging)} WHERE fingerprint = '{fingerprint}'")

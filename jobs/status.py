@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark import StorageLevel
 from pyspark.errors import PySparkException
@@ -22,7 +21,7 @@ from shoal.conf.run import RunConfig
 from shoal.jobs.bookkeeping import Bookkeeper
 from shoal.jobs.changes import find_difference, last_unchanged
 from shoal.jobs.filesystem import FileSystem
-from shoal.jobs.layout import TableRef, table_named
+from shoal.jobs.layout import TableRef, is_delta, table_named
 from shoal.jobs.lease import died_here, holder
 from shoal.jobs.maintenance import Due, due
 from shoal.jobs.published import Published, exists, read_published
@@ -62,7 +61,7 @@ def _status_of(spark: SparkSession, table: str, max_lag: timedelta | None, pendi
     ref = table_named(spark, table)
     published = read_published(spark, ref) if exists(spark, ref) else None
     ref = published.ref if published else ref
-    has_runs = DeltaTable.isDeltaTable(spark, ref.runs)
+    has_runs = is_delta(spark, ref.runs)
     if published is None and not has_runs:
         raise DestinationError(
             f"table '{table}': there is no such table, and no run has tried to make it", code="TABLE_NOT_FOUND"
@@ -176,13 +175,13 @@ def _pending(
         return {"rows": None, "how": config}
     if published is None:
         return {"rows": None, "how": "there is no table to compare with"}
-    is_delta = delta_target(spark, config.source) is not None
-    if is_delta and lag.seconds == 0 and not asked:
+    has_versions = delta_target(spark, config.source) is not None
+    if has_versions and lag.seconds == 0 and not asked:
         return {
             "rows": dict.fromkeys(("new", "changed", "metadata_only", "deleted"), 0),
             "how": "the source has not moved",
         }
-    if not is_delta and not asked:
+    if not has_versions and not asked:
         return {"rows": None, "how": "--pending compares the source with the table"}
     kept: list[DataFrame] = []
 

@@ -1,16 +1,12 @@
 """`shoal submit`: a verb on a cluster, with everything of Shoal's that the cluster needs."""
 
-import importlib.metadata
 import os
-import py_compile
 import shlex
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import pyspark
@@ -22,15 +18,14 @@ from shoal.conf.target import ENCODERS_PER_GPU, TargetConfig
 from shoal.jobs.encoder_tasks import GPUS
 from shoal.jobs.jars import HADOOP_AWS, JARS_OF_SPARK, connectors, delta
 from shoal.jobs.model_files import SHARED
+from shoal.jobs.remote import ADDRESS
 from shoal.jobs.session import SUBMITTED
+from shoal.jobs.shoal_zip import pack_shoal
 
 ENVIRONMENT = "environment"
 """Where Spark unpacks a packed environment, below the working folder of an executor and of a driver in the cluster."""
 
 ENTRY = "import sys\n\nfrom shoal.jobs.cli import main\n\nsys.exit(main())\n"
-PACKED = {"conf": "*.y*ml", "udfs": "*.json", "jobs": "*.json"}
-"""The packages of Shoal, and their files beside the Python ones."""
-
 ZIP, SCRIPT, PROPERTIES = "shoal.zip", "shoal_submit.py", "spark.conf"
 ZIP_PROPERTY = "spark.submit.pyFiles"
 DISCOVERY, VENDOR = "spark.executor.resource.gpu.discoveryScript", "spark.executor.resource.gpu.vendor"
@@ -102,17 +97,52 @@ class Submission:
             told = "".join(f"{_escaped(name)}={_escaped(value)}\n" for name, value in properties.items())
             (folder / PROPERTIES).write_text(told, encoding="utf-8")
             say(f"submitting to {self.properties['spark.master']}")
-            process = subprocess.Popen(self.command(made), env={**os.environ, **self.variables(made)})
-            try:
-                return process.wait()
-            except BaseException:
-                process.terminate()
-                process.wait()
-                raise
+            return _called(self.command(made), self.variables(made))
 
     @property
     def _spark_submit(self) -> str:
         return str(Path(self.spark_home) / "bin" / "spark-submit")
+
+
+@dataclass(frozen=True)
+class RemoteCall:
+    """A verb on a server of Spark Connect: the driver is a process of ours, whose environment has the address."""
+
+    address: str
+    arguments: tuple[str, ...]
+
+    def document(self) -> dict[str, object]:
+        """What `--dry-run --json` prints; a token in the address is left out."""
+        return {"status": "composed", "command": self._command, "environment": {ADDRESS: self._shown}, "properties": {}}
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        return [f"{ADDRESS}={shlex.quote(self._shown)} {shlex.join(self._command)}"]
+
+    def run(self, say: Callable[[str], None]) -> int:
+        """Waits for the driver, whose output is ours, and returns its exit code."""
+        say(f"submitting to {self._shown}")
+        return _called(self._command, {ADDRESS: self.address})
+
+    @property
+    def _command(self) -> list[str]:
+        return [sys.executable, "-m", "shoal.jobs.cli", *self.arguments]
+
+    @property
+    def _shown(self) -> str:
+        return self.address.partition(";")[0]
+
+
+def _called(command: Sequence[str], variables: Mapping[str, str]) -> int:
+    """The exit code of a call with more variables than ours, and without one that would name another server."""
+    kept = {name: value for name, value in os.environ.items() if name != ADDRESS}
+    process = subprocess.Popen(command, env={**kept, **variables})
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def _options(folder: str) -> list[str]:
@@ -121,12 +151,17 @@ def _options(folder: str) -> list[str]:
 
 def compose(
     target: TargetConfig, verb: str, file: Path, config: RunConfig, arguments: Sequence[str] = ()
-) -> Submission:
-    """The call of spark-submit that runs `shoal VERB FILE ARGUMENTS` on the target.
+) -> Submission | RemoteCall:
+    """The call that runs `shoal VERB FILE ARGUMENTS` on the target.
 
     What the target sets wins over the run file's section `spark`. Raises ConfigError where the driver, inside the
     cluster, would not find what the run file names.
     """
+    if target.kind == "connect":
+        given = [verb, str(file.absolute()), *arguments, *_given_up(config, target)]
+        if target.model == "shared":
+            given += ["--set", f"spark.conf.{SHARED}=shared"]
+        return RemoteCall(target.address, tuple(given))
     inside = target.deploy_mode == "cluster"
     if inside:
         _require_absolute(config)
@@ -201,37 +236,9 @@ def _with(properties: Mapping[str, str], conf: Mapping[str, str]) -> dict[str, s
     return {**properties, **conf, **both}
 
 
-def pack_shoal(file: Path) -> None:
-    """Shoal's own packages as a zip that Python imports from, the same bytes for the same version."""
-    version = importlib.metadata.version("shoal")
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        # Python finds a package without __init__.py in a zip only where its folder has an entry of its own.
-        archive.writestr(zipfile.ZipInfo("shoal/"), b"")
-        for package, data in PACKED.items():
-            archive.writestr(zipfile.ZipInfo(f"shoal/{package}/"), b"")
-            with resources.as_file(resources.files(f"shoal.{package}")) as folder:
-                paths = sorted({*folder.glob("*.py"), *folder.rglob(data)})
-                for path in paths:
-                    name = f"shoal/{package}/{path.relative_to(folder).as_posix()}"
-                    archive.writestr(zipfile.ZipInfo(name), path.read_bytes(), zipfile.ZIP_DEFLATED)
-                    if path.suffix == ".py":
-                        archive.writestr(zipfile.ZipInfo(f"{name}c"), _compiled(path, name), zipfile.ZIP_DEFLATED)
-        about = f"Metadata-Version: 2.1\nName: shoal\nVersion: {version}\n"
-        archive.writestr(zipfile.ZipInfo(f"shoal-{version}.dist-info/METADATA"), about)
-
-
-def _compiled(path: Path, name: str) -> bytes:
-    """The module as bytecode: out of a zip Python keeps none, and every worker would compile all of Shoal anew."""
-    with tempfile.NamedTemporaryFile(suffix=".pyc") as made:
-        py_compile.compile(
-            str(path), made.name, name, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
-        )
-        return Path(made.name).read_bytes()
-
-
 def _given_up(config: RunConfig, target: TargetConfig) -> list[str]:
     """Overrides that take out of the run file what the target decides."""
-    names = [name for name in ("master", "driver_memory") if getattr(config.spark, name) is not None]
+    names = [name for name in ("master", "remote", "driver_memory") if getattr(config.spark, name) is not None]
     names += [f"conf.{name}" for name in config.spark.conf if name in target.conf]
     return [word for name in names for word in ("--set", f"spark.{name}=null")]
 

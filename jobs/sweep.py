@@ -14,7 +14,7 @@ from pyspark.sql import functions as F
 from shoal.jobs.bookkeeping import RUN
 from shoal.jobs.filesystem import FileSystem, join
 from shoal.jobs.hashing import quoted
-from shoal.jobs.layout import TableRef, read_delta
+from shoal.jobs.layout import TableRef, is_delta, read_delta
 from shoal.jobs.lease import holder
 from shoal.jobs.published import Published
 
@@ -62,7 +62,7 @@ def retain_of(published: Published) -> timedelta:
 def stale_staging(spark: SparkSession, published: Published) -> list[Stale]:
     """Of encoders nobody needs, what is older than `retain`; of the serving one, what has been published."""
     stale = stale_encoders(spark, published)
-    if DeltaTable.isDeltaTable(spark, published.ref.staging):
+    if is_delta(spark, published.ref.staging):
         rows = _staged_and_published(spark, published).count()
         stale += [Stale(published.fingerprint, rows, is_serving=True)] if rows else []
     return stale
@@ -71,7 +71,7 @@ def stale_staging(spark: SparkSession, published: Published) -> list[Stale]:
 def stale_encoders(spark: SparkSession, published: Published) -> list[Stale]:
     """Of encoders that neither serve nor are to come, what nobody has added to for `retain`; joins nothing."""
     ref = published.ref
-    if not DeltaTable.isDeltaTable(spark, ref.staging):
+    if not is_delta(spark, ref.staging):
         return []
     staged = read_delta(spark, ref.staging)
     newest = F.unix_millis(F.max("embedded_at")).alias("newest")
@@ -92,7 +92,7 @@ def stale_encoders(spark: SparkSession, published: Published) -> list[Stale]:
 
 def _next_fingerprints(spark: SparkSession, ref: TableRef) -> set[str] | None:
     """Fingerprints of the next encoder of the newest run; None where it has one that was never settled."""
-    if not DeltaTable.isDeltaTable(spark, ref.runs):
+    if not is_delta(spark, ref.runs):
         return None
     runs = read_delta(spark, ref.runs).where(F.col("kind") == RUN)
     verb = F.coalesce(F.get_json_object("record", "$.verb"), F.lit("embed"))
@@ -193,7 +193,7 @@ def sweep(
 def tables(spark: SparkSession, ref: TableRef) -> dict[str, str]:
     """The Delta tables of one destination that are there, as SQL names them; the published one first."""
     beside = {"staging": ref.staging, "runs": ref.runs, "canaries": ref.canaries, "cells": ref.cells}
-    there = {name: f"delta.{quoted(path)}" for name, path in beside.items() if DeltaTable.isDeltaTable(spark, path)}
+    there = {name: f"delta.{quoted(path)}" for name, path in beside.items() if is_delta(spark, path)}
     return {"published": ref.sql} | there
 
 

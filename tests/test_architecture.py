@@ -89,6 +89,7 @@ OUTSIDE_THE_TREE = {
 WITHOUT_A_MODULE = {
     "tests/jobs/test_protocol.py": "a run killed between any two steps, and two runs at once",
     "tests/jobs/test_cluster.py": "the main job on several executor processes",
+    "tests/jobs/test_connect.py": "the main job on a server of Spark Connect",
     "tests/jobs/test_faults.py": "a pipeline killed and hurt by the harness in tests/jobs/faults",
     "tests/jobs/test_other_readers.py": "the published table, read by other engines",
     "tests/jobs/test_metastore.py": "the main job on tables of a catalog",

@@ -155,6 +155,8 @@ def test_the_form_of_a_model_is_known() -> None:
         ({"spark": {"conf": {"spark.master": "local"}}}, r"use spark\.master"),
         ({"spark": {"conf": {"spark.driver.memory": "4g"}}}, r"use spark\.driver_memory"),
         ({"spark": {"driver_memory": "lots"}}, "4g or 512m"),
+        ({"spark": {"remote": "spark://h:7077"}}, "a server of Spark Connect is named as sc://HOST:PORT"),
+        ({"spark": {"remote": "sc://h", "master": "yarn"}}, "the server has its own; keep one of them"),
         ({"name": None}, "name"),
     ],
 )

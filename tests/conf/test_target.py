@@ -9,7 +9,12 @@ from shoal.conf.loader import SHIPPED_TARGETS, TARGET_FILE, load_target
 from shoal.conf.target import TargetConfig
 
 VARIABLES = {
-    "SHOAL_MASTER": {"standalone": "spark://h:7077", "kubernetes": "k8s://https://h:6443", "local": "local[2]"},
+    "SHOAL_MASTER": {
+        "standalone": "spark://h:7077",
+        "connect": "sc://h:15002",
+        "kubernetes": "k8s://https://h:6443",
+        "local": "local[2]",
+    },
     "SHOAL_ENVIRONMENT": {"yarn": "env.tar.gz"},
     "SHOAL_IMAGE": {"kubernetes": "images/shoal:1"},
 }
@@ -47,7 +52,9 @@ def test_a_variable_that_is_not_set_is_asked_for(monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_unknown_name_is_told_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="--target is 'yarm'; give one of kubernetes, local, standalone, yarn, or"):
+    with pytest.raises(
+        ConfigError, match="--target is 'yarm'; give one of connect, kubernetes, local, standalone, yarn, or"
+    ):
         load_target("yarm")
 
 
@@ -59,6 +66,13 @@ def test_an_unknown_name_is_told_the_known_ones() -> None:
         ("kind: kubernetes\nmaster: k8s://h\n", "Kubernetes needs an image"),
         ("kind: yarn\nimage: i\n", "only Kubernetes takes one"),
         ("kind: yarn\nmaster: spark://h:1\n", "its master is always yarn"),
+        ("kind: connect\nmaster: spark://h:1\n", "the master of kind connect starts with sc://"),
+        (
+            "kind: connect\nmaster: sc://h\nconf: {spark.a: b}\n",
+            "the server of Spark Connect was started with its",
+        ),
+        ("kind: connect\nmaster: sc://h\ngpus: 1\n", "the server of Spark Connect was started with its own"),
+        ("kind: connect\nmaster: sc://h\ndeploy_mode: cluster\n", "with kind connect use client"),
         ("kind: local\nmaster: yarn\n", "the master of kind local starts with local"),
         ("kind: local\ndeploy_mode: cluster\n", "with kind local use client"),
         ("kind: standalone\nmaster: spark://h:1\ndeploy_mode: cluster\n", "with kind standalone use client"),
@@ -69,7 +83,7 @@ def test_an_unknown_name_is_told_the_known_ones() -> None:
         ("kind: yarn\ngpus: 0\n", "greater than 0"),
         ("kind: yarn\nencoders_per_gpu: 2\n", "say with gpus how many an executor has"),
         ("kind: local\nconf: {fs.s3a.endpoint: e}\n", "put 'spark.hadoop.' in front"),
-        ("kind: slurm\n", "choose one of local, standalone, yarn, kubernetes"),
+        ("kind: slurm\n", "choose one of local, standalone, yarn, kubernetes, connect"),
         ("kindd: local\n", "did you mean kind?"),
         ("- a\n", "a target file is a mapping of settings, such as 'kind: local'"),
     ],

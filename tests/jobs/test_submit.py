@@ -13,7 +13,8 @@ import pytest
 
 from shoal.conf.errors import ConfigError, RunError
 from shoal.conf.loader import load_run, load_target
-from shoal.jobs.submit import DISCOVERY_SCRIPT, PROPERTIES, SCRIPT, ZIP, ZIP_PROPERTY, Submission, compose, pack_shoal
+from shoal.jobs.shoal_zip import pack_shoal
+from shoal.jobs.submit import DISCOVERY_SCRIPT, PROPERTIES, SCRIPT, ZIP, ZIP_PROPERTY, RemoteCall, Submission, compose
 
 GPU = "spark.executor.resource.gpu"
 IN_THE_IMAGE = "/opt/spark/examples/src/main/scripts/getGpusResources.sh"
@@ -30,7 +31,9 @@ def target(tmp_path: Path) -> Callable[[str], object]:
 
 
 def composed(target: object, file: Path, *arguments: str) -> Submission:
-    return compose(target, "embed", file, load_run(file), arguments)  # type: ignore[arg-type]
+    found = compose(target, "embed", file, load_run(file), arguments)  # type: ignore[arg-type]
+    assert isinstance(found, Submission)
+    return found
 
 
 def test_what_the_target_sets_wins_over_the_run_file(run_file: Callable[..., Path], target: Callable) -> None:
@@ -49,6 +52,24 @@ def test_what_the_target_sets_wins_over_the_run_file(run_file: Callable[..., Pat
     overridden = load_run(file, found.arguments[4::2])
     assert (overridden.spark.master, overridden.spark.driver_memory) == (None, None)
     assert overridden.spark.conf == {"spark.sql.shuffle.partitions": "7"}
+
+
+def test_a_server_of_connect_is_told_by_the_environment_and_its_token_is_not_shown(
+    run_file: Callable[..., Path], target: Callable
+) -> None:
+    file = run_file(spark={"remote": "sc://other:1", "conf": {"spark.a": "b"}})
+    to = target("kind: connect\nmaster: sc://h:15002/;token=hush-hush\nmodel: shared\n")
+    found = compose(to, "embed", file, load_run(file), ["--json"])
+
+    assert isinstance(found, RemoteCall)
+    assert found.address == "sc://h:15002/;token=hush-hush"
+    assert found.arguments == (
+        "embed", str(file), "--json", "--set", "spark.remote=null", "--set", "spark.conf.spark.shoal.modelFiles=shared",
+    )  # fmt: skip
+    assert load_run(file, found.arguments[4::2]).spark.conf == {"spark.a": "b", "spark.shoal.modelFiles": "shared"}
+    for told in (json.dumps(found.document()), "\n".join(found.lines())):
+        assert "SPARK_REMOTE" in told
+        assert "hush" not in told
 
 
 def test_jars_of_the_target_come_beside_those_of_delta(run_file: Callable[..., Path], target: Callable) -> None:

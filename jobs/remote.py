@@ -1,0 +1,112 @@
+"""Spark Connect: a session on a server that is elsewhere, with no Java and no SparkContext on this side."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
+
+from shoal.conf.errors import ConfigError, RunError, first_line
+from shoal.conf.run import RunConfig, SparkConfig
+from shoal.jobs.shoal_zip import pack_shoal
+
+ADDRESS = "SPARK_REMOTE"
+"""Spark's own environment variable with the address of a server."""
+
+DEFAULT_PORT = 15002
+PATIENCE_S = 10.0
+
+
+def is_remote(spark: SparkSession) -> bool:
+    """Whether a session is a client of Spark Connect."""
+    return type(spark).__module__.startswith("pyspark.sql.connect")
+
+
+def address_of(settings: SparkConfig) -> str | None:
+    """The server that a session is to be opened on; None for a Spark of our own.
+
+    A master in the run file is one that somebody has decided on: then the environment has no say.
+    """
+    return settings.remote or (None if settings.master else os.environ.get(ADDRESS))
+
+
+def open_remote(address: str, settings: SparkConfig, defaults: Mapping[str, str]) -> SparkSession:
+    """A session on the server, whose workers get Shoal; defaults: what it is told unless the server was configured so.
+
+    Raises ConfigError for settings that belong to the server, and where the client's packages are missing; RunError
+    where nobody answers.
+    """
+    shown = address.partition(";")[0]
+    _require_listener(address, shown)
+    try:
+        spark = SparkSession.builder.remote(address).getOrCreate()
+        decided = spark.conf.getAll
+    except ImportError as error:
+        raise ConfigError(
+            f"spark.remote is {shown}, and a client of Spark Connect needs more packages ({first_line(error)}); "
+            "pip install 'shoal[connect]'"
+        ) from error
+    except Exception as error:
+        raise RunError(
+            f"spark.remote {shown}: no session could be opened ({first_line(error)}); the address may want "
+            "`;token=${NAME}` or `;use_ssl=true`",
+            code="SPARK_UNAVAILABLE",
+        ) from error
+    for name, value in {**defaults, **settings.conf}.items():
+        is_asked = name in settings.conf
+        if decided.get(name) == value or (name in decided and not is_asked):
+            continue
+        try:
+            spark.conf.set(name, value)
+        except PySparkException as error:
+            if is_asked:
+                raise ConfigError(
+                    f"spark.conf: {name} belongs to the server at {shown}, which has {decided.get(name)!r}; leave it "
+                    "out, or have the server started with it"
+                ) from error
+    with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
+        packed = Path(folder) / "shoal.zip"
+        pack_shoal(packed)
+        spark.addArtifacts(str(packed), pyfile=True)
+    return spark
+
+
+def require_supported(config: RunConfig) -> None:
+    """ConfigError for what a run needs Java on this side for."""
+    stores = [each.model for each in (config.encoder, config.next_encoder) if each and each.form == "store"]
+    for setting, found in (
+        ("source.database", config.source.database is not None),
+        ("encoder.model in a store", bool(stores)),
+        ("index", config.index is not None),
+    ):
+        if found:
+            raise ConfigError(
+                f"{setting} does not work through Spark Connect, where Shoal has no Java of its own; leave it out, or "
+                "run this file by `shoal submit` on another target",
+                code="NOT_BY_CONNECT",
+            )
+
+
+def own_address(spark: SparkSession) -> str:
+    """The address of this machine on the way to the server, where its workers may reach us."""
+    host = str(spark.client.host)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Sends nothing: it has the system choose the interface.
+        probe.connect((socket.gethostbyname(host), DEFAULT_PORT))
+        return str(probe.getsockname()[0])
+
+
+def _require_listener(address: str, shown: str) -> None:
+    """RunError where nobody listens, which the client itself would only say after minutes of trying."""
+    parts = urlsplit(address.partition(";")[0])
+    try:
+        socket.create_connection((parts.hostname or "", parts.port or DEFAULT_PORT), timeout=PATIENCE_S).close()
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"spark.remote {shown}: no server answers there ({first_line(error)}); it is named as sc://HOST:PORT",
+            code="SPARK_UNAVAILABLE",
+        ) from error
