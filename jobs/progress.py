@@ -2,17 +2,23 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from shoal.udfs.progress import ProgressReceiver
+from shoal.jobs.meter import human
+from shoal.udfs.device_load import DeviceLoad
+from shoal.udfs.progress import Counts, ProgressReceiver
 
 REFRESH_SECONDS = 0.25
 LOG_SECONDS = 10.0
+PLACES_SECONDS = 60.0
+"""Between two looks at each executor where there is no terminal; on one, between its lines below the bar, a tenth."""
+MAX_PLACES = 16
 MAX_POINTS = 200
 
 Points = list[tuple[float, int, int]]
@@ -54,6 +60,29 @@ class _Shown:
     say: Callable[[str], None]
     points: Points = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
+    before: dict[str, Counts] = field(default_factory=dict)
+    looked: float = field(default_factory=time.monotonic)
+
+    def places(self) -> list[str]:
+        """A line for each executor and GPU: its rates since the last call, slowest first, and what the GPU is doing.
+
+        None where there is one executor without a GPU, of which the line of the whole run says all.
+        """
+        found, now = self.receiver.places(), time.monotonic()
+        seconds, self.looked = max(now - self.looked, 1e-3), now
+        lines = []
+        for place, (counts, load) in found.items():
+            before = self.before.get(place, Counts())
+            # Counts of an attempt that failed are taken back.
+            chunks, tokens = max(0, counts.chunks - before.chunks), max(0, counts.tokens - before.tokens)
+            lines.append((tokens, f"  {place}: {_rates(chunks, tokens, seconds)}{_told(load)}"))
+        self.before = {place: counts for place, (counts, _) in found.items()}
+        if len(found) < 2 and not any(load for _, load in found.values()):
+            return []
+        shown = [line for _, line in sorted(lines)]
+        return shown[:MAX_PLACES] + (
+            [f"  and {len(shown) - MAX_PLACES} faster ones"] if len(shown) > MAX_PLACES else []
+        )
 
     def note(self) -> tuple[int, int]:
         """Chunks and tokens so far, kept as a point of the curve."""
@@ -73,27 +102,52 @@ class _Shown:
             TimeRemainingColumn(),
         )
         began = time.monotonic()
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with _Bar(*columns, console=self.console, transient=True) as progress:
             total = self.num_done + self.num_chunks
             task = progress.add_task("encode", total=total, completed=self.num_done, rates="")
-            last_point = 0.0
+            last_point = last_places = 0.0
             while not self.stop.wait(REFRESH_SECONDS):
                 totals = self.receiver.totals()
                 now = time.monotonic()
                 if now - last_point >= 1:
                     self.note()
                     last_point = now
+                if now - last_places >= PLACES_SECONDS / 10:
+                    progress.below = "\n".join(self.places())
+                    last_places = now
                 rates = _rates(totals.chunks, totals.tokens, now - began)
                 progress.update(task, completed=self.num_done + totals.chunks, rates=rates)
 
     def lines(self) -> None:
-        began = time.monotonic()
+        began = last_places = time.monotonic()
         while not self.stop.wait(LOG_SECONDS):
             chunks, tokens = self.note()
             seconds = time.monotonic() - began
             left = f", about {(self.num_chunks - chunks) * seconds / chunks:.0f} s left" if chunks else ""
             done, total = self.num_done + chunks, self.num_done + self.num_chunks
             self.say(f"encoding: {done} of {total} chunks, {_rates(chunks, tokens, seconds)}{left}")
+            if time.monotonic() - last_places >= PLACES_SECONDS:
+                last_places = time.monotonic()
+                for line in self.places():
+                    self.say(line)
+
+
+class _Bar(Progress):
+    """With lines of text below the bar."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(self.below)
+
+
+def _told(load: DeviceLoad | None) -> str:
+    if load is None:
+        return ""
+    busy = "" if load.busy_percent is None else f", {load.busy_percent} % busy"
+    return f"{busy}, {human(load.used_bytes)} of {human(load.total_bytes)} in use"
 
 
 def _rates(chunks: int, tokens: int, seconds: float) -> str:

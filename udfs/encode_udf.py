@@ -23,12 +23,13 @@ from pyspark import TaskContext
 from shoal.conf.errors import ShoalError, WorkerError
 from shoal.udfs import reasons
 from shoal.udfs.canaries import Canaries, canary_texts, encode_canaries, library_versions
+from shoal.udfs.device_load import device_load
 from shoal.udfs.encoder import Encoded, EncodeOptions, Encoder
 from shoal.udfs.encoder_cache import cached_encoder, drop_encoder
 from shoal.udfs.encoder_spec import EncoderSpec
 from shoal.udfs.feeding import encode_windows
 from shoal.udfs.isolation import IsolatedEncoder
-from shoal.udfs.progress import Counts, ProgressSender, ProgressTarget
+from shoal.udfs.progress import Counts, ProgressSender, ProgressTarget, place_of
 from shoal.udfs.resolution import resolve
 from shoal.udfs.schema import ENCODE_OUTPUT, PROBE_OUTPUT
 from shoal.udfs.sent_model import with_files_here
@@ -156,7 +157,8 @@ def encode_batches(
     if first is None:
         return
     spec = with_files_here(spec)
-    sender = ProgressSender(progress, task.partition, task.attempt + ISOLATED_ATTEMPTS * isolated)
+    attempt = task.attempt + ISOLATED_ATTEMPTS * isolated
+    sender = ProgressSender(progress, task.partition, attempt, place_of(task.device))
     counts = Counts()
     held = ExitStack()
     held.callback(sender.close)
@@ -178,7 +180,8 @@ def encode_batches(
                 padded=encoded.padded_tokens,
                 busy_s=encoded.busy_s,
             )
-            sender.send(counts)
+            # An isolated encoder has the device to itself: asking for its load would take memory of it.
+            sender.send(counts, None if isolated else device_load(task.device))
     except ShoalError as error:
         raise type(error)(f"{_where(task, windows, spec)}: {error}", code=error.code) from error
     except Exception as error:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import threading
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
 
+from shoal.udfs.device_load import DeviceLoad
+
 logger = logging.getLogger(__name__)
 
 MAX_DATAGRAM: Final = 1024
+MAX_PLACE: Final = 100
+"""Characters of the name of an executor."""
 _POLL_S: Final = 0.2
 
 
@@ -48,12 +53,23 @@ class Counts:
         )
 
 
-class ProgressSender:
-    """Sends the counts of one task attempt; a target of None, or one that cannot be reached, is silence."""
+def place_of(device: str) -> str:
+    """The executor that this worker belongs to, as `shoal doctor` names it, and its GPU where it has one."""
+    # Spark forks the workers of an executor from one daemon of its own.
+    executor = f"{socket.gethostname()}/{os.getppid()}"
+    return f"{executor} {device}" if device.startswith("cuda") else executor
 
-    def __init__(self, target: ProgressTarget | None, partition: int, attempt: int) -> None:
+
+class ProgressSender:
+    """Sends the counts of one task attempt; a target of None, or one that cannot be reached, is silence.
+
+    place: the executor, and its GPU, whose work it is; "" for one that is not told.
+    """
+
+    def __init__(self, target: ProgressTarget | None, partition: int, attempt: int, place: str = "") -> None:
         self._target = target
         self._task = (partition, attempt)
+        self._place = place[:MAX_PLACE]
         self._socket: socket.socket | None = None
         self._address: Any = None
         if target is None:
@@ -66,13 +82,14 @@ class ProgressSender:
         except OSError as error:
             logger.info("no live progress: %s:%d cannot be reached (%s)", target.host, target.port, error)
 
-    def send(self, counts: Counts) -> None:
-        """One datagram with the counts so far; never blocks and never raises."""
+    def send(self, counts: Counts, load: DeviceLoad | None = None) -> None:
+        """One datagram with the counts so far, and what the GPU is doing; never blocks and never raises."""
         if self._socket is None or self._target is None:
             return
         partition, attempt = self._task
         fields = [self._target.run_id, self._target.wave, partition, attempt]
-        fields += [counts.chunks, counts.tokens, counts.padded, round(counts.busy_s, 3)]
+        fields += [counts.chunks, counts.tokens, counts.padded, round(counts.busy_s, 3), self._place]
+        fields += [None] if load is None else [[load.used_bytes, load.total_bytes, load.busy_percent]]
         try:
             self._socket.sendto(json.dumps(fields).encode(), self._address)
         except OSError:
@@ -94,7 +111,8 @@ class ProgressReceiver:
 
     def __init__(self, run_id: str, *, host: str = "127.0.0.1", port: int = 0) -> None:
         self._run_id = run_id
-        self._counts: dict[tuple[int, int], tuple[int, Counts]] = {}
+        self._counts: dict[tuple[int, int], tuple[int, Counts, str]] = {}
+        self._loads: dict[str, DeviceLoad] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -118,8 +136,16 @@ class ProgressReceiver:
     def totals(self, wave: int | None = None) -> Counts:
         """Sum over the partitions of a wave, or of all waves."""
         with self._lock:
-            parts = [counts for (of, _), (_, counts) in self._counts.items() if wave is None or of == wave]
+            parts = [counts for (of, _), (_, counts, _) in self._counts.items() if wave is None or of == wave]
         return sum(parts, Counts())
+
+    def places(self) -> dict[str, tuple[Counts, DeviceLoad | None]]:
+        """What each executor has done of the waves, and the newest load of its GPU, by its name in their order."""
+        with self._lock:
+            found: dict[str, Counts] = {}
+            for _, counts, place in self._counts.values():
+                found[place] = found.get(place, Counts()) + counts
+            return {place: (found[place], self._loads.get(place)) for place in sorted(found)}
 
     def _receive(self) -> None:
         while not self._stop.is_set():
@@ -133,14 +159,23 @@ class ProgressReceiver:
 
     def _take(self, datagram: bytes) -> None:
         try:
-            run_id, wave, partition, attempt, chunks, tokens, padded, busy_s = json.loads(datagram)
+            run_id, wave, partition, attempt, chunks, tokens, padded, busy_s, place, load = json.loads(datagram)
             if run_id != self._run_id:
                 return
             counts = Counts(chunks=int(chunks), tokens=int(tokens), padded=int(padded), busy_s=float(busy_s))
             key, attempt = (int(wave), int(partition)), int(attempt)
+            # It is shown on a terminal.
+            place = "".join(char for char in str(place)[:MAX_PLACE] if char.isprintable())
+            loaded = None if load is None else _load_of(*load)
         except (ValueError, TypeError, OverflowError, RecursionError):
             return
         with self._lock:
             known = self._counts.get(key)
             if known is None or (attempt, counts.chunks) > (known[0], known[1].chunks):
-                self._counts[key] = (attempt, counts)
+                self._counts[key] = (attempt, counts, place)
+                if loaded is not None:
+                    self._loads[place] = loaded
+
+
+def _load_of(used: Any, total: Any, busy: Any) -> DeviceLoad:
+    return DeviceLoad(int(used), int(total), None if busy is None else int(busy))

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from shoal.jobs import progress
 from shoal.jobs.progress import MAX_POINTS, shown_progress
+from shoal.udfs.device_load import DeviceLoad
 from shoal.udfs.progress import Counts, ProgressReceiver, ProgressSender, ProgressTarget
 
 LONG_S = 20.0
@@ -42,8 +43,44 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.Mon
     assert [point[0] for point in points] == sorted(point[0] for point in points)
 
 
+def test_several_executors_have_a_line_each_with_what_they_did_since_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.02)
+    monkeypatch.setattr(progress, "PLACES_SECONDS", 0.02)
+    said: list[str] = []
+    with ProgressReceiver("run-1") as receiver:
+        to = ProgressTarget("127.0.0.1", receiver.port, "run-1", 0)
+        slow, fast = ProgressSender(to, 0, 0, "a/1"), ProgressSender(to, 1, 0, "b/2 cuda:0")
+        with shown_progress(receiver, 100, 0, time.time(), Console(file=io.StringIO()), said.append):
+            slow.send(Counts(chunks=1, tokens=10))
+            until(lambda: "1 of 100" in (said or [""])[-1])
+            assert not any("a/1" in line for line in said), "the line of the run says all of a single executor"
+            fast.send(Counts(chunks=9, tokens=900), DeviceLoad(3_000_000_000, 80_000_000_000, 97))
+            until(lambda: [line for line in said if line.startswith("  b/2 cuda:0: ")])
+        slow.close()
+        fast.close()
+    (first, second) = [line for line in said if line.startswith("  ")][:2]
+    assert first == "  a/1: 0 chunks/s, 0 tokens/s"
+    assert second.endswith(" tokens/s, 97 % busy, 3.0 GB of 80.0 GB in use")
+    assert not second.startswith("  b/2 cuda:0: 0 chunks/s")
+
+
+def test_of_many_executors_the_slowest_are_shown() -> None:
+    with ProgressReceiver("run-1") as receiver:
+        shown = progress._Shown(receiver, 100, 0, time.time(), Console(file=io.StringIO()), lambda _: None)
+        for number in range(20):
+            to = ProgressTarget("127.0.0.1", receiver.port, "run-1", 0)
+            ProgressSender(to, number, 0, f"h/{number:02}").send(Counts(chunks=1, tokens=10_000 * (20 - number)))
+        until(lambda: receiver.totals().chunks == 20)
+        lines = shown.places()
+    assert [line.split(":")[0].strip() for line in lines] == [
+        *(f"h/{n:02}" for n in range(19, 3, -1)),
+        "and 4 faster ones",
+    ]
+
+
 def test_on_a_terminal_there_is_a_bar_that_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "REFRESH_SECONDS", 0.02)
+    monkeypatch.setattr(progress, "PLACES_SECONDS", 0.2)
     said: list[str] = []
     screen = io.StringIO()
     environment = {"TERM": "xterm"}
@@ -51,8 +88,9 @@ def test_on_a_terminal_there_is_a_bar_that_leaves_nothing_behind(monkeypatch: py
     with ProgressReceiver("run-1") as receiver:
         sender = ProgressSender(ProgressTarget("127.0.0.1", receiver.port, "run-1", 0), 0, 0)
         with shown_progress(receiver, 100, 40, time.time(), console, said.append) as points:
-            sender.send(Counts(chunks=60, tokens=900, padded=1000))
+            sender.send(Counts(chunks=60, tokens=900, padded=1000), DeviceLoad(1_000_000, 2_000_000, None))
             until(lambda: "100/140" in screen.getvalue())
+            until(lambda: "1.0 MB of 2.0 MB in use" in screen.getvalue())
         sender.close()
     assert said == []
     assert "tokens/s" in screen.getvalue()

@@ -1,10 +1,12 @@
+import os
 import socket
 import time
 from collections.abc import Callable
 
 import pytest
 
-from shoal.udfs.progress import Counts, ProgressReceiver, ProgressSender, ProgressTarget
+from shoal.udfs.device_load import DeviceLoad
+from shoal.udfs.progress import Counts, ProgressReceiver, ProgressSender, ProgressTarget, place_of
 
 
 def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
@@ -61,14 +63,48 @@ def test_waves_are_counted_apart() -> None:
         assert receiver.totals(wave=1).chunks == 4
 
 
+def test_places_have_the_counts_of_their_tasks_and_the_newest_load_of_their_gpu() -> None:
+    with ProgressReceiver("r1") as receiver:
+        ProgressSender(target(receiver), 0, 0, "a/1").send(Counts(chunks=10, tokens=100))
+        ProgressSender(target(receiver, wave=1), 0, 0, "a/1").send(Counts(chunks=5, tokens=50))
+        sender = ProgressSender(target(receiver), 1, 0, "b/2 cuda:0")
+        sender.send(Counts(chunks=1), DeviceLoad(10, 100, 30))
+        sender.send(Counts(chunks=2), DeviceLoad(20, 100, None))
+        assert until(lambda: receiver.totals().chunks == 17)
+        assert receiver.places() == {
+            "a/1": (Counts(chunks=15, tokens=150), None),
+            "b/2 cuda:0": (Counts(chunks=2), DeviceLoad(20, 100, None)),
+        }
+        # The attempt before it was another executor's, whose work is lost.
+        ProgressSender(target(receiver), 0, 1, "b/2 cuda:0").send(Counts(chunks=4))
+        assert until(lambda: receiver.places()["b/2 cuda:0"][0].chunks == 6)
+        assert receiver.places()["a/1"][0].chunks == 5
+
+
+def test_the_name_of_a_place_is_shown_on_terminals_and_so_has_nothing_else_in_it() -> None:
+    with ProgressReceiver("r1") as receiver:
+        ProgressSender(target(receiver), 0, 0, "evil\x1b[2Jname" + "x" * 500).send(Counts(chunks=1))
+        assert until(lambda: receiver.totals().chunks == 1)
+        (place,) = receiver.places()
+        assert place.startswith("evil[2Jname")
+        assert len(place) < 101
+
+
+def test_a_worker_is_named_by_its_host_the_process_it_was_forked_from_and_its_gpu() -> None:
+    assert place_of("cpu") == f"{socket.gethostname()}/{os.getppid()}"
+    assert place_of("cuda:3") == f"{socket.gethostname()}/{os.getppid()} cuda:3"
+
+
 NOISE = [
     b"",
     b"\xff\xfe",
     b"[1,2]",
     b'{"a": 1}',
     b"null",
-    b'["r1", "x", 0, 0, 1, 1, 1, 1]',
-    b'["r1", 0, 0, 0, Infinity, 1, 1, 1]',
+    b'["r1", "x", 0, 0, 1, 1, 1, 1, "a", null]',
+    b'["r1", 0, 0, 0, Infinity, 1, 1, 1, "a", null]',
+    b'["r1", 0, 0, 0, 9, 9, 9, 9, "a", [1, 2]]',
+    b'["r1", 0, 0, 0, 9, 9, 9, 9, "a", 7]',
     b"[" * 2000,
 ]
 
