@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
@@ -18,23 +19,21 @@ class DeviceLoad:
 
 
 def device_load(device: str) -> DeviceLoad | None:
-    """The load of a CUDA device; None of any other, and where it cannot be told: this is for people to look at."""
-    if not device.startswith("cuda"):
-        return None
-    import torch
+    """The load of a CUDA device that this process uses; None of any other, and where it cannot be told.
 
+    It is for people to look at, so nobody's memory is spent on it: a process that asks CUDA of a device it does not use
+    would get a context there.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not device.startswith("cuda") or not torch.cuda.is_initialized():
+        return None
     try:
         free, total = torch.cuda.mem_get_info(device)
     except Exception:
         logger.debug("the load of %s cannot be told", device, exc_info=True)
         return None
-    return DeviceLoad(total - free, total, _busy_percent(device))
-
-
-def _busy_percent(device: str) -> int | None:
-    import torch
-
     try:
-        return int(torch.cuda.utilization(device))
+        busy = int(torch.cuda.utilization(device))
     except Exception:  # noqa: BLE001 - the library is missing, or the driver does not tell
-        return None
+        busy = None
+    return DeviceLoad(total - free, total, busy)

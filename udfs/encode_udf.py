@@ -180,8 +180,7 @@ def encode_batches(
                 padded=encoded.padded_tokens,
                 busy_s=encoded.busy_s,
             )
-            # An isolated encoder has the device to itself: asking for its load would take memory of it.
-            sender.send(counts, None if isolated else device_load(task.device))
+            sender.send(counts, device_load(task.device))
     except ShoalError as error:
         raise type(error)(f"{_where(task, windows, spec)}: {error}", code=error.code) from error
     except Exception as error:

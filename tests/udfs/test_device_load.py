@@ -15,6 +15,7 @@ def test_only_a_gpu_that_is_there_has_a_load() -> None:
 def test_a_gpu_tells_its_memory_and_how_busy_it_is() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    torch.zeros(1, device="cuda:0")
     before = device_load("cuda:0")
     held = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda:0")
     load = device_load("cuda:0")
