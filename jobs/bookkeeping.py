@@ -13,7 +13,7 @@ from pyspark.sql import functions as F
 from shoal.conf.redact import scrub
 from shoal.conf.run import TrackingConfig
 from shoal.jobs.filesystem import FileSystem, join
-from shoal.jobs.layout import TableRef, create_delta, is_delta, read_delta
+from shoal.jobs.layout import TableRef, create_delta, read_delta
 from shoal.jobs.published import Published, State, commits
 from shoal.jobs.tracking import send
 
@@ -48,8 +48,7 @@ class Bookkeeper:
 
     def create(self) -> None:
         """Makes the runs table if it is absent."""
-        if not is_delta(self.spark, self.ref.runs):
-            create_delta(self.spark, self.ref.runs, RUNS_DDL)
+        create_delta(self.spark, self.ref.runs, RUNS_DDL)
 
     def recover(self, published: Published | None, tracking: TrackingConfig) -> None:
         """Writes down what the newest commits say of a run that died after them, and sends what MLflow has missed.

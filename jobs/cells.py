@@ -12,15 +12,13 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from delta.tables import DeltaTable
 from pyspark.sql import Column, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql import types as T
 
 from shoal.conf.errors import RefusedError
 from shoal.conf.run import MAX_CELLS
 from shoal.jobs.compaction import live_files, physical_name
-from shoal.jobs.layout import TableRef, is_delta, read_delta
+from shoal.jobs.layout import TableRef, create_delta, is_delta, read_delta
 from shoal.udfs.vectors import to_list_array
 
 CELL = "cell"
@@ -124,9 +122,7 @@ def cell_sizes(spark: SparkSession, sql: str) -> dict[int | None, CellSize]:
 
 def write_build(spark: SparkSession, ref: TableRef, build: str, centroids_CD: npt.NDArray[np.float32]) -> None:
     """Adds the centroids of a build; it means nothing until the published table names it."""
-    if not is_delta(spark, ref.cells):
-        schema = T.StructType.fromDDL(CELLS_DDL)
-        DeltaTable.createIfNotExists(spark).location(ref.cells).addColumns(schema).execute()
+    create_delta(spark, ref.cells, CELLS_DDL)
     num_cells = len(centroids_CD)
     table = pa.table(
         {

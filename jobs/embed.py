@@ -74,8 +74,7 @@ def embed(
     run on so many rows and publishes to a scratch table beside the destination, made anew.
     """
     hooks = masked(hooks or Hooks(), config)
-    if is_remote(spark):
-        require_supported(config)
+    require_supported(spark, config)
     run_id = new_run_id()
     ref = table_of(spark, config.destination)
     files = open_files(spark, ref.sidecar)

@@ -185,7 +185,8 @@ class KeptBelow:
 def _listening(spark: SparkSession) -> tuple[str, str]:
     """The address that workers send their progress to, and the one to bind, which need not be the same."""
     if is_remote(spark):
-        return own_address(spark), own_address(spark)
+        address = own_address(spark)
+        return address, address
     host = spark.conf.get("spark.driver.host") or "127.0.0.1"
     return host, spark.conf.get("spark.driver.bindAddress", host) or host
 

@@ -117,6 +117,8 @@ def create_delta(spark: SparkSession, path: str, columns: str, more: str = "") -
 
     columns, and more after them: as in CREATE TABLE.
     """
+    if is_delta(spark, path):
+        return
     spark.sql(f"CREATE TABLE IF NOT EXISTS delta.{quoted(path)} ({columns}) USING delta {more}")
 
 

@@ -30,8 +30,7 @@ def plan(spark: SparkSession, config: RunConfig, *, full_refresh: bool = False) 
 
     Keys as in a run's document, with what the run would report: `encoded` are the chunks to encode.
     """
-    if is_remote(spark):
-        require_supported(config)
+    require_supported(spark, config)
     ref = table_of(spark, config.destination)
     published = read_published(spark, ref)
     encoders = describe_encoders(config).on(published)

@@ -75,8 +75,10 @@ def open_remote(address: str, settings: SparkConfig, defaults: Mapping[str, str]
     return spark
 
 
-def require_supported(config: RunConfig) -> None:
-    """ConfigError for what a run needs Java on this side for."""
+def require_supported(spark: SparkSession, config: RunConfig) -> None:
+    """ConfigError for what a run needs Java on this side for, where there is none."""
+    if not is_remote(spark):
+        return
     stores = [each.model for each in (config.encoder, config.next_encoder) if each and each.form == "store"]
     for setting, found in (
         ("source.database", config.source.database is not None),

@@ -7,7 +7,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from shoal.jobs.hashing import quoted
-from shoal.jobs.layout import TableRef, create_delta, is_delta, read_delta
+from shoal.jobs.layout import TableRef, create_delta, read_delta
 from shoal.jobs.session import with_settings
 
 STAGING_DDL = (
@@ -20,9 +20,8 @@ COLUMNS = ("fingerprint", "content_hash", "embedding", "n_tokens", "truncated", 
 
 def create_staging(spark: SparkSession, ref: TableRef) -> None:
     """Makes the table if it is absent."""
-    if not is_delta(spark, ref.staging):
-        skipping = "PARTITIONED BY (fingerprint) TBLPROPERTIES ('delta.dataSkippingStatsColumns' = 'run_id')"
-        create_delta(spark, ref.staging, STAGING_DDL, skipping)
+    skipping = "PARTITIONED BY (fingerprint) TBLPROPERTIES ('delta.dataSkippingStatsColumns' = 'run_id')"
+    create_delta(spark, ref.staging, STAGING_DDL, skipping)
 
 
 def append_wave(vectors: DataFrame, ref: TableRef, *, fingerprint: str, run_id: str, wave: str) -> None:

@@ -52,7 +52,7 @@ class Submission:
     def command(self, folder: str) -> list[str]:
         """The call, when the files are in `folder`."""
         if not self.inside:
-            return [sys.executable, "-m", "shoal.jobs.cli", *self.arguments]
+            return _driver(self.arguments)
         return [self._spark_submit, *_options(folder), f"{folder}/{SCRIPT}", *self.arguments]
 
     def variables(self, folder: str) -> dict[str, str]:
@@ -126,11 +126,16 @@ class RemoteCall:
 
     @property
     def _command(self) -> list[str]:
-        return [sys.executable, "-m", "shoal.jobs.cli", *self.arguments]
+        return _driver(self.arguments)
 
     @property
     def _shown(self) -> str:
         return self.address.partition(";")[0]
+
+
+def _driver(arguments: Sequence[str]) -> list[str]:
+    """The call of a driver that is a process of ours."""
+    return [sys.executable, "-m", "shoal.jobs.cli", *arguments]
 
 
 def _called(command: Sequence[str], variables: Mapping[str, str]) -> int:

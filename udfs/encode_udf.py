@@ -180,7 +180,7 @@ def encode_batches(
                 padded=encoded.padded_tokens,
                 busy_s=encoded.busy_s,
             )
-            sender.send(counts, device_load(task.device))
+            sender.send(counts, device_load(task.device) if progress else None)
     except ShoalError as error:
         raise type(error)(f"{_where(task, windows, spec)}: {error}", code=error.code) from error
     except Exception as error:

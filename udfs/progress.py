@@ -53,10 +53,14 @@ class Counts:
         )
 
 
+def executor_here() -> tuple[str, int]:
+    """Host, and what tells its executors apart: Spark forks the workers of each from one daemon of its own."""
+    return socket.gethostname(), os.getppid()
+
+
 def place_of(device: str) -> str:
     """The executor that this worker belongs to, as `shoal doctor` names it, and its GPU where it has one."""
-    # Spark forks the workers of an executor from one daemon of its own.
-    executor = f"{socket.gethostname()}/{os.getppid()}"
+    executor = "{}/{}".format(*executor_here())
     return f"{executor} {device}" if device.startswith("cuda") else executor
 
 

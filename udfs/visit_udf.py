@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +19,7 @@ from shoal.udfs.checkpoint import describe_checkpoint
 from shoal.udfs.encode_udf import ArrowFunction, Task, probe_batches
 from shoal.udfs.encoder import EncodeOptions
 from shoal.udfs.encoder_spec import EncoderSpec
+from shoal.udfs.progress import executor_here
 from shoal.udfs.schema import PROBE_OUTPUT
 from shoal.udfs.sent_model import with_files_here
 
@@ -45,10 +45,10 @@ def make_visit(spec: EncoderSpec, settings: EncoderConfig, options: EncodeOption
 def facts_here(spec: EncoderSpec, settings: EncoderConfig, task: Task) -> dict[str, Any]:
     """What this machine is, and the model that it has."""
     local = with_files_here(spec)
+    host, executor = executor_here()
     return {
-        "host": socket.gethostname(),
-        # Spark forks the workers of an executor from one daemon of its own.
-        "executor": os.getppid(),
+        "host": host,
+        "executor": executor,
         "cores": len(os.sched_getaffinity(0)),
         "task_cores": task.cpus,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
