@@ -41,6 +41,10 @@ _DEFAULTS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": "2048",
     "spark.sql.execution.arrow.pyspark.validateSchema.enabled": "true",
     "spark.sql.execution.pyspark.udf.faulthandler.enabled": "true",
+    # So many rows are held at once, whatever their size: of a Parquet file, and of a window before it may spill. At
+    # 4,096, Spark's own number, texts of 200 kB do not fit into the memory of an ordinary executor.
+    "spark.sql.parquet.columnarReaderBatchSize": "128",
+    "spark.sql.windowExec.buffer.in.memory.threshold": "128",
     "spark.sql.session.timeZone": "UTC",
     "spark.ui.showConsoleProgress": "false",
 }

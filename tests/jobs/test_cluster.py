@@ -15,6 +15,7 @@ import pytest
 import yaml
 from cluster import Cluster, clean_environment, die_with_parent
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from shoal.conf.loader import load_run
 from shoal.jobs.embed import embed
@@ -392,6 +393,33 @@ def test_encoding_has_a_task_for_each_gpu_and_all_other_work_every_core(
     encoding, other = most_at_once(run)
     assert encoding == 1
     assert other == 2
+
+
+@pytest.mark.long
+def test_an_input_may_be_larger_than_the_memory_of_all_executors(
+    cluster: Cluster,
+    target: Path,
+    elsewhere: Path,
+    spark: SparkSession,
+    run_file: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    num_rows, corpus = 10_000, tmp_path / "corpus"
+    text = F.concat(F.lit("text "), F.repeat(F.sha2(F.col("id").cast("string"), 256), 3000))
+    spark.range(num_rows).select(F.col("id").cast("string").alias("id"), text.alias("body")).write.json(str(corpus))
+    num_bytes = sum(path.stat().st_size for path in corpus.glob("*.json"))
+    executors = 2 * 768 * 1024 * 1024
+    assert num_bytes > executors
+    source = {"format": "json", "path": str(corpus), "key": "id", "text": "body", "schema": "id STRING, body STRING"}
+    path = run_file(source=source, encode={"wave_chunks": 4000}, destination={"path": "out/docs", "store_text": True})
+
+    done = shoal(elsewhere, "submit", path, "--target", target, "--json")
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["chunks"]["embedded"] == num_rows
+    rows = spark.read.format("delta").load(str(tmp_path / "out/docs"))
+    assert rows.where("embedding IS NOT NULL").select("id").distinct().count() == num_rows
+    assert rows.agg(F.sum(F.length("text"))).collect()[0][0] == num_rows * (5 + 64 * 3000)
 
 
 @pytest.mark.long
