@@ -33,7 +33,13 @@ SETTINGS = {
     "spark.ui.enabled": "false",
 }
 # What a small table notices most, and a client may set.
-CONF = {"spark.sql.shuffle.partitions": "4", "spark.databricks.delta.snapshotPartitions": "2"}
+CONF = {
+    "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.sql.adaptive.enabled": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.shuffle.partitions": "4",
+}
 TEXTS = {"a": "one text about fish", "b": "another about shoals in the sea", "c": "a third, about Spark", "d": ""}
 
 
