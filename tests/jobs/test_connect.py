@@ -31,15 +31,14 @@ SETTINGS = {
     "spark.driver.bindAddress": "127.0.0.1",
     "spark.driver.host": "127.0.0.1",
     "spark.ui.enabled": "false",
-}
-# What a small table notices most, and a client may set.
-CONF = {
+    # What a small table notices most.
     "spark.databricks.delta.snapshotPartitions": "2",
     "spark.sql.adaptive.enabled": "false",
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     "spark.sql.codegen.wholeStage": "false",
-    "spark.sql.shuffle.partitions": "4",
 }
+# A client may set it, and a small table notices it.
+CONF = {"spark.sql.shuffle.partitions": "4"}
 TEXTS = {"a": "one text about fish", "b": "another about shoals in the sea", "c": "a third, about Spark", "d": ""}
 
 
@@ -60,7 +59,7 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("connect")
     port, log = free_port(), folder / "server.log"
-    told = {**SETTINGS, "spark.connect.grpc.binding.port": str(port), "spark.local.dir": str(folder)}
+    told = {**SETTINGS, **CONF, "spark.connect.grpc.binding.port": str(port), "spark.local.dir": str(folder)}
     options = [word for name, value in told.items() for word in ("--conf", f"{name}={value}")]
     options += ["--jars", ",".join(map(str, delta_jars())), "--master", "local[2]"]
     name = "org.apache.spark.sql.connect.service.SparkConnectServer"

@@ -26,7 +26,10 @@ SITE = """\
 """
 DEFAULTS = """\
 spark.master local[2]
+spark.sql.adaptive.enabled false
 spark.sql.catalogImplementation hive
+spark.sql.codegen.factoryMode NO_CODEGEN
+spark.sql.codegen.wholeStage false
 spark.sql.warehouse.dir {warehouse}
 """
 STEPS = """
