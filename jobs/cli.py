@@ -375,7 +375,7 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.target is not None:
         return _submission(args, "doctor").run(_say)
     config = load_run(args.file, args.set)
-    with _spark(config.spark, f"shoal doctor {config.name}", config.places) as spark:
+    with _spark(config.spark, f"shoal doctor {config.name}", config.places, by_connect=True) as spark:
         from shoal.jobs import doctor as verb
 
         found = verb.doctor(spark, config)
@@ -487,7 +487,7 @@ def hit_lines(hits: list[dict[str, Any]]) -> list[str]:
 
 
 def _history(args: argparse.Namespace) -> int:
-    with _spark(SparkConfig(), "shoal history", [args.table], by_connect=True) as spark:
+    with _spark(SparkConfig(), "shoal history", [args.table], by_connect=True, brief=True) as spark:
         from shoal.jobs import history as verb
 
         entries = verb.history(spark, args.table)
@@ -500,7 +500,7 @@ def _status(args: argparse.Namespace) -> int:
         max_lag = parse_duration(args.max_lag) if args.max_lag is not None else None
     except ValueError as error:
         raise ConfigError(f"--max-lag '{args.max_lag}': {error}") from error
-    with _spark(SparkConfig(), "shoal status", args.tables) as spark:
+    with _spark(SparkConfig(), "shoal status", args.tables, brief=not args.pending) as spark:
         from shoal.jobs import status as verb
 
         found = verb.status(spark, args.tables, max_lag=max_lag, pending=args.pending)
@@ -656,11 +656,11 @@ def _bench_search(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _spark(
-    settings: SparkConfig, app_name: str, places: Iterable[str] = (), *, by_connect: bool = False
+    settings: SparkConfig, app_name: str, places: Iterable[str] = (), *, by_connect: bool = False, brief: bool = False
 ) -> Iterator["SparkSession"]:
     """A session that reaches the places, for the length of a verb; one that was there before is left running.
 
-    by_connect: whether the verb works through Spark Connect.
+    by_connect: whether the verb works through Spark Connect. brief: as `open_spark` takes it.
     """
     logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
     from py4j.protocol import Py4JNetworkError
@@ -678,7 +678,7 @@ def _spark(
     running = SparkSession.getActiveSession()
     if running is None and not is_remote:
         _say(f"Spark's own output: {default_log_file()}")
-    spark = open_spark(settings, app_name=app_name, places=places)
+    spark = open_spark(settings, app_name=app_name, places=places, brief=brief)
     try:
         yield spark
     finally:

@@ -15,6 +15,7 @@ from shoal.jobs.canary_store import probe_of
 from shoal.jobs.encoder_tasks import encoder_tasks, map_encoders, wait_for_executors
 from shoal.jobs.meter import human
 from shoal.jobs.prepare import Described, describe_encoders, options_of, worker_error
+from shoal.jobs.remote import address_of, is_remote, require_supported, without_token
 from shoal.jobs.session import DYNAMIC
 from shoal.udfs.schema import PROBE_OUTPUT_DDL
 from shoal.udfs.vectors import MIN_COSINE, cosines
@@ -38,15 +39,17 @@ def doctor(spark: SparkSession, config: RunConfig) -> dict[str, Any]:
     """The document of `--json`: `executors`, a mapping of facts each, `problems`, sentences, and `status`.
 
     Loads the run file's encoder on every executor. WorkerError, ConfigError or ModelError where an executor could not
-    even do that.
+    even do that. A client of Spark Connect knows of no executor that was not visited.
     """
+    require_supported(spark, config)
     described = describe_encoders(config).serving
-    num_executors = wait_for_executors(spark)
+    remote = is_remote(spark)
+    num_executors = 0 if remote else wait_for_executors(spark)
     visits = visit(spark, config, described)
     problems = problems_of(visits, num_executors)
     return {
         "status": "unfit" if problems else "fit",
-        "master": spark.sparkContext.master,
+        "master": without_token(address_of(config.spark) or "") if remote else spark.sparkContext.master,
         "slots": encoder_tasks(spark).slots,
         "executors": [{"name": each.name, **each.facts} for each in visits],
         "problems": problems,

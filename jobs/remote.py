@@ -34,25 +34,30 @@ def address_of(settings: SparkConfig) -> str | None:
     return settings.remote or (None if settings.master else os.environ.get(ADDRESS))
 
 
+def without_token(address: str) -> str:
+    """The address of a server without its parameters, which a token may be one of."""
+    return address.partition(";")[0]
+
+
 def open_remote(address: str, settings: SparkConfig, defaults: Mapping[str, str]) -> SparkSession:
     """A session on the server, whose workers get Shoal; defaults: what it is told unless the server was configured so.
 
     Raises ConfigError for settings that belong to the server, and where the client's packages are missing; RunError
     where nobody answers.
     """
-    shown = address.partition(";")[0]
-    _require_listener(address, shown)
+    server = without_token(address)
+    _require_listener(server)
     try:
         spark = SparkSession.builder.remote(address).getOrCreate()
         decided = spark.conf.getAll
     except ImportError as error:
         raise ConfigError(
-            f"spark.remote is {shown}, and a client of Spark Connect needs more packages ({first_line(error)}); "
+            f"spark.remote is {server}, and a client of Spark Connect needs more packages ({first_line(error)}); "
             "pip install 'shoal[connect]'"
         ) from error
     except Exception as error:
         raise RunError(
-            f"spark.remote {shown}: no session could be opened ({first_line(error)}); the address may want "
+            f"spark.remote {server}: no session could be opened ({first_line(error)}); the address may want "
             "`;token=${NAME}` or `;use_ssl=true`",
             code="SPARK_UNAVAILABLE",
         ) from error
@@ -65,7 +70,7 @@ def open_remote(address: str, settings: SparkConfig, defaults: Mapping[str, str]
         except PySparkException as error:
             if is_asked:
                 raise ConfigError(
-                    f"spark.conf: {name} belongs to the server at {shown}, which has {decided.get(name)!r}; leave it "
+                    f"spark.conf: {name} belongs to the server at {server}, which has {decided.get(name)!r}; leave it "
                     "out, or have the server started with it"
                 ) from error
     with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
@@ -102,13 +107,13 @@ def own_address(spark: SparkSession) -> str:
         return str(probe.getsockname()[0])
 
 
-def _require_listener(address: str, shown: str) -> None:
+def _require_listener(server: str) -> None:
     """RunError where nobody listens, which the client itself would only say after minutes of trying."""
-    parts = urlsplit(address.partition(";")[0])
+    parts = urlsplit(server)
     try:
         socket.create_connection((parts.hostname or "", parts.port or DEFAULT_PORT), timeout=PATIENCE_S).close()
     except (OSError, ValueError) as error:
         raise RunError(
-            f"spark.remote {shown}: no server answers there ({first_line(error)}); it is named as sc://HOST:PORT",
+            f"spark.remote {server}: no server answers there ({first_line(error)}); it is named as sc://HOST:PORT",
             code="SPARK_UNAVAILABLE",
         ) from error

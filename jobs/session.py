@@ -58,6 +58,9 @@ _LOCAL_DEFAULTS = {
     "spark.ui.enabled": "false",
 }
 
+_BRIEF = {"spark.sql.codegen.factoryMode": "NO_CODEGEN", "spark.sql.codegen.wholeStage": "false"}
+"""For verbs of a few small queries: compiling their plans takes longer than all the rows that they read."""
+
 DYNAMIC = "spark.dynamicAllocation.enabled"
 NO_LIMIT = 2**31 - 1
 """How Spark says that there may be any number of executors."""
@@ -80,13 +83,19 @@ _CLUSTER_DEFAULTS = {
 
 
 def open_spark(
-    settings: SparkConfig, *, app_name: str, log_file: Path | None = None, places: Iterable[str] = ()
+    settings: SparkConfig,
+    *,
+    app_name: str,
+    log_file: Path | None = None,
+    places: Iterable[str] = (),
+    brief: bool = False,
 ) -> SparkSession:
     """The running session if there is one, else a new one; what spark-submit set wins over our defaults.
 
     With `spark.remote`, or SPARK_REMOTE in the environment, it is one of Spark Connect's.
 
     places: what will be read and written, for the connectors of object stores, which come from Maven where need be.
+    brief: whether a local session is for a few small queries, which nothing is compiled for that takes long.
     Spark's and the Python workers' output goes to `log_file` (default: `default_log_file()`). Raises RunError when the
     JVM does not start, ConfigError when a running session lacks Delta.
     """
@@ -106,9 +115,10 @@ def open_spark(
         if SUBMITTED in os.environ:
             # What the submission says, SparkConf learns from a JVM that has been started with it.
             _start_jvm(None, log_file, delta().fetched())
-        conf, class_path = _configured(settings, app_name, connectors(places, os.environ.get("SPARK_HOME")))
+        wanted = connectors(places, os.environ.get("SPARK_HOME"))
+        conf, class_path = _configured(settings, app_name, wanted, brief=brief)
         master = conf.get("spark.master")
-        _start_jvm(conf, log_file, class_path)
+        _start_jvm(conf, log_file, class_path, brief=brief)
         spark = SparkSession.builder.config(conf=conf).getOrCreate()
     except Exception as error:
         raise RunError(
@@ -127,7 +137,9 @@ def running_session() -> SparkSession:
     return SparkSession.getActiveSession() or SparkSession.builder.getOrCreate()
 
 
-def _configured(settings: SparkConfig, app_name: str, wanted: Iterable[Artifact] = ()) -> tuple[SparkConf, list[Path]]:
+def _configured(
+    settings: SparkConfig, app_name: str, wanted: Iterable[Artifact] = (), *, brief: bool = False
+) -> tuple[SparkConf, list[Path]]:
     """What Spark is to be told, and the jars for the class path of a JVM that is yet to start."""
     conf = SparkConf()
     conf.setAppName(app_name)
@@ -141,7 +153,7 @@ def _configured(settings: SparkConfig, app_name: str, wanted: Iterable[Artifact]
     defaults = dict(_DEFAULTS)
     master = conf.get("spark.master") or ""
     if master.startswith("local"):
-        defaults |= _LOCAL_DEFAULTS
+        defaults |= _LOCAL_DEFAULTS | (_BRIEF if brief else {})
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     elif int(conf.get("spark.task.maxFailures", "4") or 4) > 3 and not any(
         key.startswith(EXCLUDING) for key, _ in conf.getAll()
@@ -159,12 +171,12 @@ def _configured(settings: SparkConfig, app_name: str, wanted: Iterable[Artifact]
     return conf, class_path
 
 
-def _start_jvm(conf: SparkConf | None, log_file: Path, class_path: list[Path]) -> None:
+def _start_jvm(conf: SparkConf | None, log_file: Path, class_path: list[Path], *, brief: bool = False) -> None:
     """Starts the JVM of this process, unless it has one or belongs to spark-submit."""
     if "PYSPARK_GATEWAY_PORT" in os.environ or SparkContext._gateway is not None:
         return
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("a") as log, _launching(class_path):
+    with log_file.open("a") as log, _launching(class_path, brief=brief):
         gateway = launch_gateway(conf, {"stdout": log, "stderr": log})
     SparkContext._ensure_initialized(gateway=gateway, conf=conf)
 
@@ -175,15 +187,17 @@ def default_log_file() -> Path:
 
 
 @contextmanager
-def _launching(class_path: list[Path]) -> Iterator[None]:
+def _launching(class_path: list[Path], *, brief: bool = False) -> Iterator[None]:
     """The environment that the JVM starts in: it adds to what spark-defaults.conf says, where settings would replace.
 
-    An archive of other jars or of another JVM is ignored by the JVM, which would say so.
+    An archive of other jars or of another JVM is ignored by the JVM, which would say so. brief: the JVM compiles
+    quickly instead of well.
     """
-    options = f'-XX:SharedArchiveFile="{CLASS_ARCHIVE}" -Xlog:cds=off -Xlog:cds+dynamic=off'
+    archive = f'-XX:SharedArchiveFile="{CLASS_ARCHIVE}" -Xlog:cds=off -Xlog:cds+dynamic=off'
+    options = [archive] * CLASS_ARCHIVE.exists() + ["-XX:TieredStopAtLevel=1"] * brief
     added = {
         "SPARK_DIST_CLASSPATH": os.pathsep.join(str(jar) for jar in class_path),
-        "SPARK_SUBMIT_OPTS": options if CLASS_ARCHIVE.exists() else "",
+        "SPARK_SUBMIT_OPTS": " ".join(options),
     }
     separators = {"SPARK_DIST_CLASSPATH": os.pathsep, "SPARK_SUBMIT_OPTS": " "}
     before = {name: os.environ.get(name) for name in added}

@@ -18,7 +18,7 @@ from shoal.conf.target import ENCODERS_PER_GPU, TargetConfig
 from shoal.jobs.encoder_tasks import GPUS
 from shoal.jobs.jars import HADOOP_AWS, JARS_OF_SPARK, connectors, delta
 from shoal.jobs.model_files import SHARED
-from shoal.jobs.remote import ADDRESS
+from shoal.jobs.remote import ADDRESS, without_token
 from shoal.jobs.session import SUBMITTED
 from shoal.jobs.shoal_zip import pack_shoal
 
@@ -130,7 +130,7 @@ class RemoteCall:
 
     @property
     def _shown(self) -> str:
-        return self.address.partition(";")[0]
+        return without_token(self.address)
 
 
 def _driver(arguments: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from shoal.conf.loader import load_run
 from shoal.jobs.embed import embed
 from shoal.jobs.jars import delta_jars
 from shoal.udfs.vectors import cosines
+from shoal.udfs.visit_udf import shoal_version
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
@@ -163,6 +164,10 @@ def test_a_target_names_the_server_and_the_code_of_the_run_comes_back(
     target.write_text(yaml.safe_dump({"kind": "connect", "master": server.address}))
     run = run_file(spark={"master": "local[1]", "driver_memory": "1g", "conf": CONF}, limits={"min_rows": 5})
 
+    looked = shoal("doctor", run, "--target", target, "--json")
+    found = json.loads(looked.stdout)
+    assert (looked.returncode, found["status"], found["master"]) == (0, "fit", server.address), looked.stderr
+    assert [facts["shoal"] for facts in found["executors"]] == [shoal_version()]
     shown = shoal("submit", run, "--target", target, "--dry-run")
     assert (shown.returncode, f"SPARK_REMOTE={server.address}" in shown.stdout) == (0, True), shown.stderr
     refused = shoal("submit", run, "--target", target)

@@ -107,6 +107,8 @@ def test_the_environment_that_a_jvm_starts_in_is_the_users_with_additions(
     archive.unlink()
     with _launching([]):
         assert dict(os.environ) == before
+    with _launching([], brief=True):
+        assert os.environ["SPARK_SUBMIT_OPTS"] == "-Dhttp.proxyHost=proxy -XX:TieredStopAtLevel=1"
 
 
 def test_a_running_session_without_delta_is_refused(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
