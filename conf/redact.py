@@ -17,6 +17,10 @@ _SECRET_PAIR = re.compile(
 )
 
 
+_CONNECT = re.compile(r"(sc://[^\s/;?'\"]*)[/;?][^\s'\"]*=[^\s'\"]*")
+"""An address of Spark Connect with parameters, each of which may be a header that lets somebody in."""
+
+
 def is_secret_name(name: str) -> bool:
     """True for the name of a free entry (an option, a Spark property, a tag) whose value nobody should see.
 
@@ -27,7 +31,7 @@ def is_secret_name(name: str) -> bool:
 
 def scrub(text: str, *, pairs: bool) -> str:
     """The text without `user:password@` in a URI; with `pairs` also without what follows `password=` and its like."""
-    text = _USER_INFO.sub(f"{MASK}@", text)
+    text = _CONNECT.sub(rf"\1/;{MASK}", _USER_INFO.sub(f"{MASK}@", text))
     if pairs or "://" in text:
         text = _SECRET_PAIR.sub(lambda found: found[1] + MASK, text)
     return text

@@ -500,7 +500,7 @@ def _status(args: argparse.Namespace) -> int:
         max_lag = parse_duration(args.max_lag) if args.max_lag is not None else None
     except ValueError as error:
         raise ConfigError(f"--max-lag '{args.max_lag}': {error}") from error
-    with _spark(SparkConfig(), "shoal status", args.tables, brief=not args.pending) as spark:
+    with _spark(SparkConfig(), "shoal status", args.tables) as spark:
         from shoal.jobs import status as verb
 
         found = verb.status(spark, args.tables, max_lag=max_lag, pending=args.pending)

@@ -62,8 +62,8 @@ def visit(spark: SparkSession, config: RunConfig, described: Described) -> list[
     look = make_visit(spec, described.settings, options_of(config))
     num_slots = encoder_tasks(spark).slots
     # A barrier starts all tasks at once, so that no executor does the work of another; it needs every slot free, and
-    # Spark has none where executors come and go.
-    barrier = spark.conf.get(DYNAMIC, "false") != "true"
+    # Spark has none where executors come and go. What the slots behind Spark Connect are is a guess.
+    barrier = spark.conf.get(DYNAMIC, "false") != "true" and not is_remote(spark)
     try:
         each_slot = spark.range(0, num_slots, 1, num_slots)
         rows = map_encoders(each_slot, spec, look, PROBE_OUTPUT_DDL, barrier=barrier).collect()

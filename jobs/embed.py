@@ -30,7 +30,7 @@ from shoal.jobs.layout import SIDECAR_SUFFIX, TableRef, table_of
 from shoal.jobs.lease import Lease, held
 from shoal.jobs.maintenance import maintain
 from shoal.jobs.migration import FAILED, MOVE_IT, Migration, document_of, failure, next_run_id, settled_document
-from shoal.jobs.mounted_files import open_files
+from shoal.jobs.mounted_files import MountedFiles, open_files
 from shoal.jobs.operation import Operation
 from shoal.jobs.planner import ChunkPlan, RowPlan
 from shoal.jobs.prepare import (
@@ -152,6 +152,8 @@ class _Run:
         with self.report.phase("start"):
             self.books.create()
             create_staging(self.spark, self.ref)
+            if isinstance(self.files, MountedFiles):
+                self.files.require_shared(self.ref.staging)
             published = before if is_head(self.spark, before) else read_published(self.spark, self.ref)
             if source.version is not None:
                 source = read_source(self.spark, self.config.source, self.config.chunk, limit=self.limit)

@@ -1,5 +1,6 @@
 """Files on a disk that this machine has too: what Hadoop does for a Spark of our own, and nobody through Connect."""
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ from pyspark.sql import SparkSession
 from shoal.conf.errors import ConfigError, DestinationError
 from shoal.jobs.filesystem import FileStamp, FileSystem, local_path
 from shoal.jobs.remote import is_remote
+
+logger = logging.getLogger(__name__)
 
 
 def open_files(spark: SparkSession, root: str) -> FileSystem:
@@ -74,12 +77,29 @@ class MountedFiles(FileSystem):
         shutil.copyfile(self._here(path), file)
 
     def delete(self, path: str) -> None:
-        """Removes a file or a whole folder; an absent one is no error."""
+        """Removes a file or a whole folder; an absent one is no error, what may not be removed stays with a warning."""
         here = self._here(path)
         if here.is_dir() and not here.is_symlink():
-            shutil.rmtree(here)
+            left: list[str] = []
+            shutil.rmtree(here, onerror=lambda _, each, error: left.append(f"{each} ({error[1]})"))
+            if left:
+                logger.warning(
+                    "%s was not removed whole: %s; the server and this client work as different users, or it is still "
+                    "at work there",
+                    here,
+                    left[0],
+                )
         else:
             here.unlink(missing_ok=True)
+
+    def require_shared(self, path: str) -> None:
+        """DestinationError where a folder that the server has made is not seen here."""
+        if not self._here(path).is_dir():
+            raise DestinationError(
+                f"destination: the server has made '{path}', and this machine does not see it; through Spark Connect "
+                "it has to lie on a disk that this machine, the server and the executors share: mount it, or name "
+                "another folder as destination.sidecar"
+            )
 
     def require_writable(self, folder: str) -> None:
         """DestinationError, naming the folder, when a file cannot be made in it."""

@@ -1,6 +1,7 @@
 """What a run settles before it plans: the encoder with its fingerprint, and how it will publish."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,16 @@ from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from shoal.conf import errors
-from shoal.conf.errors import CODE_NOTE, CODES, ConfigError, EncoderChangedError, RefusedError, ShoalError, WorkerError
+from shoal.conf.errors import (
+    CODE_NOTE,
+    CODES,
+    ConfigError,
+    EncoderChangedError,
+    RefusedError,
+    RunError,
+    ShoalError,
+    WorkerError,
+)
 from shoal.conf.redact import scrub
 from shoal.conf.run import EncoderConfig, RunConfig
 from shoal.jobs.canary_store import Probe, known_precision, probe_of
@@ -235,6 +245,11 @@ def worker_error(error: PySparkException | Py4JJavaError) -> ShoalError:
         for line in lines:
             if sign in line:
                 return ConfigError(f"{what}: {line[line.index(sign) :]}; {UNFIT_ADVICE}", code="WORKERS_UNFIT")
+    if gone := re.search('StatusCode.UNAVAILABLE.*?details = "(.*?)"', str(error), re.DOTALL):
+        return RunError(
+            f"the server of Spark Connect went away ({gone[1]}); what has been staged is kept, run it again",
+            code="SPARK_UNAVAILABLE",
+        )
     told = next(
         (line for line in reversed(lines) if "Error: " in line or "Exception: " in line), lines[0] if lines else ""
     )

@@ -257,6 +257,8 @@ def read_published(spark: SparkSession, ref: TableRef) -> Published | None:
 
 
 def _qualified(spark: SparkSession, path: str) -> str:
+    if is_remote(spark) and local_path(path) is None:
+        return path.rstrip("/")
     return open_files(spark, path).qualified(path)
 
 

@@ -1,16 +1,18 @@
 """Spark Connect: a session on a server that is elsewhere, with no Java and no SparkContext on this side."""
 
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ConfigError, RunError, first_line
+from shoal.conf.redact import is_secret_name
 from shoal.conf.run import RunConfig, SparkConfig
 from shoal.jobs.shoal_zip import pack_shoal
 
@@ -35,8 +37,20 @@ def address_of(settings: SparkConfig) -> str | None:
 
 
 def without_token(address: str) -> str:
-    """The address of a server without its parameters, which a token may be one of."""
-    return address.partition(";")[0]
+    """Scheme, host and port of a server's address: a token may be anywhere else in it, by a slip too."""
+    scheme, separator, rest = address.partition("://")
+    return scheme + separator + re.split("[/;?]", rest)[0].rpartition("@")[2]
+
+
+def _said(error: Exception, address: str) -> str:
+    """What an error of the client says, without what the address holds besides the server."""
+    found = re.search('details = "(.*)"', str(error))
+    text = found[1] if found else first_line(error)
+    for part in sorted(re.split("[/;?@]", address.partition("://")[2])[1:], key=len, reverse=True):
+        value = part.partition("=")[2]
+        for secret in (part, value, unquote(value)):
+            text = text.replace(secret, "***") if len(secret) > len("false") else text
+    return text
 
 
 def open_remote(address: str, settings: SparkConfig, defaults: Mapping[str, str]) -> SparkSession:
@@ -55,12 +69,12 @@ def open_remote(address: str, settings: SparkConfig, defaults: Mapping[str, str]
             f"spark.remote is {server}, and a client of Spark Connect needs more packages ({first_line(error)}); "
             "pip install 'shoal[connect]'"
         ) from error
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, its own trace may show the token
         raise RunError(
-            f"spark.remote {server}: no session could be opened ({first_line(error)}); the address may want "
-            "`;token=${NAME}` or `;use_ssl=true`",
+            f"spark.remote {server}: no session could be opened ({_said(error, address)}); an address is "
+            "sc://HOST:PORT, or sc://HOST:PORT/;token=${NAME}, or sc://HOST:PORT/;use_ssl=true",
             code="SPARK_UNAVAILABLE",
-        ) from error
+        ) from None
     for name, value in {**defaults, **settings.conf}.items():
         is_asked = name in settings.conf
         if decided.get(name) == value or (name in decided and not is_asked):
@@ -69,9 +83,10 @@ def open_remote(address: str, settings: SparkConfig, defaults: Mapping[str, str]
             spark.conf.set(name, value)
         except PySparkException as error:
             if is_asked:
+                has = "its own" if is_secret_name(name) else repr(decided.get(name))
                 raise ConfigError(
-                    f"spark.conf: {name} belongs to the server at {server}, which has {decided.get(name)!r}; leave it "
-                    "out, or have the server started with it"
+                    f"spark.conf: {name} belongs to the server at {server}, which has {has}; leave it out, or have the "
+                    "server started with it"
                 ) from error
     with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
         packed = Path(folder) / "shoal.zip"
@@ -99,12 +114,17 @@ def require_supported(spark: SparkSession, config: RunConfig) -> None:
 
 
 def own_address(spark: SparkSession) -> str:
-    """The address of this machine on the way to the server, where its workers may reach us."""
-    host = str(spark.client.host)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # Sends nothing: it has the system choose the interface.
-        probe.connect((socket.gethostbyname(host), DEFAULT_PORT))
-        return str(probe.getsockname()[0])
+    """The address of this machine on the way to the server, where its workers may reach us; of IPv4 alone.
+
+    Where there is none, an address that nobody reaches us at.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            # Sends nothing: it has the system choose the interface.
+            probe.connect((socket.gethostbyname(str(spark.client.host)), DEFAULT_PORT))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"
 
 
 def _require_listener(server: str) -> None:

@@ -42,6 +42,10 @@ def test_other_names_are_shown(name: str) -> None:
         ("jdbc:postgresql://host/db?user=a&password=b", "jdbc:postgresql://host/db?user=a&password=***"),
         ("jdbc:oracle:thin:scott/tiger@//host:1521/db", "jdbc:oracle:thin:***@//host:1521/db"),
         ("token = 'x'", "token = 'x'"),
+        ("sc://host:15002/;token=a;use_ssl=true", "sc://host:15002/;***"),
+        ("the server sc://host:15002/;x-auth=a is gone", "the server sc://host:15002/;*** is gone"),
+        ("sc://host:15002;token=a", "sc://host:15002/;***"),
+        ("sc://host:15002", "sc://host:15002"),
     ],
 )
 def test_credentials_inside_a_uri_are_masked(text: str, shown: str) -> None:

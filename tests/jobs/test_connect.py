@@ -156,6 +156,18 @@ def test_what_needs_java_on_this_side_is_refused_by_name(server: Server, run_fil
     assert (fixed.returncode, "spark.executor.memory belongs to the server" in fixed.stderr) == (2, True), fixed.stderr
 
 
+@pytest.mark.parametrize(
+    "rest", ["/;token=hush-hush==", ";token=hush-hush", "/token=hush-hush", "/;authorization=hush"]
+)
+def test_what_is_wrong_with_an_address_is_said_without_its_token(
+    rest: str, server: Server, run_file: Callable[..., Path]
+) -> None:
+    done = shoal("embed", run_file(spark={"remote": server.address + rest}), "--json", "--debug")
+    assert done.returncode in (1, 2), done.stderr
+    assert server.address in done.stderr or "authorization" in rest
+    assert "hush" not in done.stdout + done.stderr
+
+
 def test_a_target_names_the_server_and_the_code_of_the_run_comes_back(
     server: Server, write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path
 ) -> None:

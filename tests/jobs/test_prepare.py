@@ -47,6 +47,16 @@ def test_a_failure_that_is_not_ours_is_a_failed_worker(spark: SparkSession) -> N
     assert "ZeroDivisionError: by hand" in str(worker_error(failed.value))
 
 
+def test_a_server_of_spark_connect_that_went_away_is_no_failed_worker() -> None:
+    told = (
+        "<_InactiveRpcError of RPC that terminated with:\n\tstatus = StatusCode.UNAVAILABLE\n"
+        '\tdetails = "Connection refused"\n\tdebug_error_string = "UNKNOWN:Error"\n>'
+    )
+    found = worker_error(PySparkException(told))
+    assert found.code == "SPARK_UNAVAILABLE"
+    assert "the server of Spark Connect went away (Connection refused)" in str(found)
+
+
 def test_executors_have_to_agree_on_the_first_vectors_of_an_encoder() -> None:
     """Within what the precision allows; the loosest of them where they differ."""
     ours = np.eye(3, 4, dtype=np.float32)
