@@ -5,8 +5,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install jars stores quickstart test test-long test-fast test-gpu lint check bench faults faults-short audit lock
-.PHONY: test-spark-4.0 test-spark-4.1 test-of-spark clean check-python check-java
+.PHONY: help install jars stores quickstart test test-long test-fast test-gpu lint check bench bench-cluster faults
+.PHONY: faults-short audit lock test-spark-4.0 test-spark-4.1 test-of-spark clean check-python check-java
 
 VENV ?= .venv
 # Each has a Spark session of its own: two are about 5 GB of memory, and keep two cores busy.
@@ -94,6 +94,9 @@ check: lint test ## lint and test: exactly what CI runs
 
 bench: install ## naive recipe, bare encoder and pipeline side by side: tokens/s and ratios
 	@$(VENV)/bin/shoal bench encode
+
+bench-cluster: install ## one run on one worker of one core and on two, in turn; WORKERS='--rows 5000 ..'
+	@$(PY) tests/jobs/faults/time_workers.py $(WORKERS)
 
 faults: install ## kill a pipeline on a cluster 110 times and hurt it otherwise: an hour and more; FAULTS='--seed 7 ..'
 	@$(PY) tests/jobs/faults/run_faults.py $(FAULTS)

@@ -30,7 +30,7 @@ SMALL_QUERIES = {
 
 # A JVM that lives for a command spends half of its time on compiling what it will not run often enough; the session of
 # the tests above lives for hundreds of them.
-os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
 # These run commands in processes of their own, encode with a real model, or both.
 LONGEST = {"test_quickstart.py", "test_protocol.py", "test_cranfield.py", "test_docs.py"}

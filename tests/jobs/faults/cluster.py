@@ -21,7 +21,7 @@ SPARK_HOME = Path(pyspark.__file__).parent
 NUM_WORKERS = 2
 PR_SET_PDEATHSIG = 1
 
-SHORT_LIVED = "-XX:TieredStopAtLevel=1"
+SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 """Options of a JVM that ends before the code it would compile best has paid for that; executors have it too."""
 
 
