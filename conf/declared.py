@@ -29,7 +29,9 @@ class FileKind:
         """True where a scalar is kept as it is written: text, choices, limits, durations, entries of free settings."""
         found, rest = self.declared(path)
         core = core_type(found)
-        return core not in (int, float, bool, None) and section_of(found) is None and (core is not dict or bool(rest))
+        if core is dict:
+            return bool(rest) and get_args(_bare(found))[1] is not Any
+        return core not in (int, float, bool, None) and section_of(found) is None
 
     def declared(self, path: SettingPath) -> tuple[Any, SettingPath]:
         """The type of the setting at or above `path`, with the rest of the path; None for an unknown name."""
@@ -90,10 +92,16 @@ def section_of(annotation: Any) -> type[Section] | None:
 
 def core_type(annotation: Any) -> Any:
     """A declared type without Optional and Annotated; a dict or a list gives its origin."""
+    bare = _bare(annotation)
+    return get_origin(bare) or bare
+
+
+def _bare(annotation: Any) -> Any:
+    """A declared type without Optional and Annotated; `list` where several are left."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return core_type(get_args(annotation)[0])
+        return _bare(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
         kept = [kind for kind in get_args(annotation) if kind is not type(None)]
-        return core_type(kept[0]) if len(kept) == 1 else list
-    return origin or annotation
+        return _bare(kept[0]) if len(kept) == 1 else list
+    return annotation

@@ -64,7 +64,7 @@ CODES: Final[abc.Mapping[str, str]] = types.MappingProxyType(
         "RUN_FAILED": "the run failed for a reason that may have passed",
         "INTERRUPTED": "the run was stopped by a signal",
         "SPARK_UNAVAILABLE": "Spark did not start, or no server of Spark Connect answers",
-        "NOT_BY_CONNECT": "what is asked for does not work through Spark Connect",
+        "NOT_BY_CONNECT": "what is asked for does not work through Spark Connect, or on Databricks",
         "DISK_FULL": "there is no room left to write",
         "PUBLISH_FAILED": "the one commit that publishes did not go through",
         "PURGE_INCOMPLETE": "a purge stopped before everything was erased",

@@ -198,6 +198,8 @@ FreeEntries = Annotated[
     dict[str, str],
     WithJsonSchema({"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}),
 ]
+NestedEntries = Annotated[dict[str, Any], WithJsonSchema({"type": "object"})]
+"""What another program reads: its entries have the types that YAML gives them."""
 Paths = Annotated[
     str | list[str], PlainValidator(_paths), WithJsonSchema({"anyOf": [{"type": "string"}, _NAMES_SCHEMA]})
 ]
@@ -246,7 +248,7 @@ def shown(value: Any, path: SettingPath) -> Any:
     return scrub(value, pairs=free is not None) if isinstance(value, str) else value
 
 
-FREE_SETTINGS = frozenset({"options", "properties", "tags", "conf"})
+FREE_SETTINGS = frozenset({"options", "properties", "tags", "conf", "new_cluster"})
 """Settings whose entries the user names; only there can the name of an entry say that it is a secret."""
 
 

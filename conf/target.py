@@ -4,7 +4,16 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from shoal.conf.section import FreeEntries, Memory, Section, SettingProblem, Text, property_problems, raise_all
+from shoal.conf.section import (
+    FreeEntries,
+    Memory,
+    NestedEntries,
+    Section,
+    SettingProblem,
+    Text,
+    property_problems,
+    raise_all,
+)
 
 SCHEMES = {"standalone": "spark://", "kubernetes": "k8s://", "connect": "sc://"}
 """What the master of a kind starts with."""
@@ -27,11 +36,15 @@ OWN_SETTINGS = {
 OF_THE_SERVER = ("spark_home", "python", "environment", "gpus", "driver_memory", "conf")
 """What a client of Spark Connect has no say in."""
 
+OF_DATABRICKS = ("cluster", "new_cluster")
+NOT_OF_DATABRICKS = ("master", *OF_THE_SERVER)
+"""What a cluster of Databricks has from its own description."""
+
 
 class TargetConfig(Section):
     """A cluster, and how what a run needs gets there."""
 
-    kind: Literal["local", "standalone", "yarn", "kubernetes", "connect"] = Field(
+    kind: Literal["local", "standalone", "yarn", "kubernetes", "databricks", "connect"] = Field(
         description="What manages the cluster; `connect`: whatever is behind a server of Spark Connect."
     )
     master: Text | None = Field(
@@ -70,6 +83,16 @@ class TargetConfig(Section):
         default=1, description="Tasks that encode on one GPU at the same time, each with a copy of the model."
     )
     driver_memory: Memory | None = Field(default=None, description="Memory of the driver.")
+    cluster: Text | None = Field(default=None, description="Databricks: the id of a cluster that is there.")
+    new_cluster: NestedEntries | None = Field(
+        default=None,
+        description="Databricks: a cluster made for each run, as the Jobs API describes one; `spark_version`, "
+        "`node_type_id`, `num_workers` ..",
+    )
+    packages: Literal["install", "there"] = Field(
+        default="install",
+        description="Databricks: whether each run installs Shoal's packages, or the cluster's image has them.",
+    )
     conf: FreeEntries = Field(default_factory=dict, description="More Spark properties, by their full names.")
 
     @model_validator(mode="after")
@@ -96,6 +119,17 @@ class TargetConfig(Section):
         if self.kind == "connect" and (given := [name for name in OF_THE_SERVER if getattr(self, name)]):
             advice = "the server of Spark Connect was started with its own; what a session may set is in the run file"
             problems.append(SettingProblem(tuple((name,) for name in given), advice))
+        of_databricks = [name for name in OF_DATABRICKS if getattr(self, name)]
+        if self.kind == "databricks":
+            if given := [name for name in NOT_OF_DATABRICKS if getattr(self, name)]:
+                advice = "a cluster of Databricks has its own; Spark's properties go into new_cluster.spark_conf"
+                problems.append(SettingProblem(tuple((name,) for name in given), advice))
+            if len(of_databricks) != 1:
+                advice = "name a cluster that is there, or describe a new one"
+                problems.append(SettingProblem(tuple((name,) for name in OF_DATABRICKS), advice))
+        elif of_databricks:
+            settings = (("kind",), *((name,) for name in of_databricks))
+            problems.append(SettingProblem(settings, "only kind databricks has clusters by id or description"))
         if self.kind == "local" and self.gpus:
             advice = "a local master hands out no GPUs; name the GPU of this machine by encode.device of the run file"
             problems.append(SettingProblem((("kind",), ("gpus",)), advice))

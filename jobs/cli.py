@@ -31,10 +31,10 @@ from shoal.jobs import config as config_verb
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-    from shoal.jobs.submit import RemoteCall, Submission
+    from shoal.jobs.submit import Composed
 
 EXIT_FAILED = 1
-SCHEDULERS = ("airflow", "cron", "kubernetes", "systemd")
+SCHEDULERS = ("airflow", "cron", "databricks", "kubernetes", "systemd")
 
 stdout = Console(emoji=False, highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, emoji=False, highlight=False, soft_wrap=True)
@@ -83,18 +83,22 @@ def build_parser() -> argparse.ArgumentParser:
     about = "run embed on a cluster"
     submit = _add(verbs, "submit", about, _submit, file=True)
     submit.add_argument(
-        "--target", required=True, metavar="TARGET", help="local, standalone, yarn, kubernetes or a FILE"
+        "--target",
+        required=True,
+        metavar="TARGET",
+        help="local, standalone, yarn, kubernetes, databricks, connect or a FILE",
     )
-    submit.add_argument("--dry-run", action="store_true", help="show what Spark would be told, and do nothing")
+    submit.add_argument("--dry-run", action="store_true", help="show what the cluster would be told, and do nothing")
     about = "visit every executor: what it has, and whether a run would work there"
     doctor = _add(verbs, "doctor", about, _doctor, file=True)
     doctor.add_argument("--target", metavar="TARGET", help="where, as of `shoal submit` (default: as `embed` would)")
-    about = "print what runs a file every night: a crontab line, systemd units, an Airflow DAG, a CronJob"
+    about = "make what runs a file every night: a crontab line, systemd units, an Airflow DAG, a CronJob, a bundle"
     timed = verbs.add_parser("schedule", help=about, description=about)
     _file_arguments(timed)
     timed.add_argument("--for", required=True, dest="kind", choices=SCHEDULERS, help="what will run it")
     timed.add_argument("--at", default="02:00", metavar="HH:MM", help="time of day (default 02:00)")
     timed.add_argument("--target", metavar="TARGET", help="where, as of `shoal submit` (default: as `embed` would)")
+    timed.add_argument("--out", type=Path, metavar="FOLDER", help="for databricks: where to make the bundle")
     timed.set_defaults(verb=_schedule, json=False, debug=False)
     search = _add(verbs, "search", "find the chunks nearest to a text, exactly", _search, table=True)
     search.add_argument("text", help="what to look for")
@@ -362,7 +366,7 @@ def _submit(args: argparse.Namespace) -> int:
     return submission.run(_say)
 
 
-def _submission(args: argparse.Namespace, verb: str) -> "Submission | RemoteCall":
+def _submission(args: argparse.Namespace, verb: str) -> "Composed":
     """The verb with this command line's other arguments, on the target."""
     from shoal.jobs.submit import compose
 
@@ -387,8 +391,15 @@ def _schedule(args: argparse.Namespace) -> int:
     from shoal.jobs.schedule import schedule
 
     config = load_run(args.file, args.set)
-    if args.target is not None:
-        load_target(args.target)
+    target = load_target(args.target) if args.target is not None else None
+    if (args.kind == "databricks") is not (args.out is not None):
+        raise ConfigError("--out FOLDER goes with --for databricks, whose schedule is a folder; the others are printed")
+    if args.out is not None:
+        from shoal.jobs.databricks_bundle import write_bundle
+
+        for path in write_bundle(args.out, args.file, config, args.at, target, args.set):
+            stdout.print(str(path), markup=False)
+        return 0
     sys.stdout.write(schedule(args.kind, args.file, config, args.at, args.target, args.set))
     return 0
 
@@ -666,9 +677,13 @@ def _spark(
     from py4j.protocol import Py4JNetworkError
     from pyspark.sql import SparkSession
 
-    from shoal.jobs.remote import ADDRESS, address_of
+    from shoal.jobs.remote import ADDRESS, address_of, on_databricks
     from shoal.jobs.session import default_log_file, open_spark
 
+    if on_databricks() and not by_connect:
+        raise ConfigError(
+            f"`{app_name}` does not work on Databricks (CLUSTERS.md has what does)", code="NOT_BY_CONNECT"
+        )
     is_remote = address_of(settings) is not None
     if is_remote and not by_connect:
         raise ConfigError(
@@ -676,13 +691,14 @@ def _spark(
             code="NOT_BY_CONNECT",
         )
     running = SparkSession.getActiveSession()
-    if running is None and not is_remote:
+    if running is None and not is_remote and not on_databricks():
         _say(f"Spark's own output: {default_log_file()}")
     spark = open_spark(settings, app_name=app_name, places=places, brief=brief)
     try:
         yield spark
     finally:
-        if running is None:
+        # The session of a cluster of Databricks is not ours to stop.
+        if running is None and not on_databricks():
             # A signal to all processes, as of a service manager, has ended the JVM already.
             with contextlib.suppress(Py4JNetworkError, OSError):
                 spark.stop()

@@ -15,7 +15,7 @@ from shoal.jobs.canary_store import probe_of
 from shoal.jobs.encoder_tasks import encoder_tasks, map_encoders, wait_for_executors
 from shoal.jobs.meter import human
 from shoal.jobs.prepare import Described, describe_encoders, options_of, worker_error
-from shoal.jobs.remote import address_of, is_remote, require_supported, without_token
+from shoal.jobs.remote import address_of, is_remote, require_supported, without_java, without_token
 from shoal.jobs.session import DYNAMIC
 from shoal.udfs.schema import PROBE_OUTPUT_DDL
 from shoal.udfs.vectors import MIN_COSINE, cosines
@@ -39,12 +39,12 @@ def doctor(spark: SparkSession, config: RunConfig) -> dict[str, Any]:
     """The document of `--json`: `executors`, a mapping of facts each, `problems`, sentences, and `status`.
 
     Loads the run file's encoder on every executor. WorkerError, ConfigError or ModelError where an executor could not
-    even do that. A client of Spark Connect knows of no executor that was not visited.
+    even do that. On Databricks and through Spark Connect it knows of no executor that was not visited.
     """
     require_supported(spark, config)
     described = describe_encoders(config).serving
     remote = is_remote(spark)
-    num_executors = 0 if remote else wait_for_executors(spark)
+    num_executors = 0 if without_java(spark) else wait_for_executors(spark)
     visits = visit(spark, config, described)
     problems = problems_of(visits, num_executors)
     return {
@@ -63,7 +63,7 @@ def visit(spark: SparkSession, config: RunConfig, described: Described) -> list[
     num_slots = encoder_tasks(spark).slots
     # A barrier starts all tasks at once, so that no executor does the work of another; it needs every slot free, and
     # Spark has none where executors come and go. What the slots behind Spark Connect are is a guess.
-    barrier = spark.conf.get(DYNAMIC, "false") != "true" and not is_remote(spark)
+    barrier = spark.conf.get(DYNAMIC, "false") != "true" and not without_java(spark)
     try:
         each_slot = spark.range(0, num_slots, 1, num_slots)
         rows = map_encoders(each_slot, spec, look, PROBE_OUTPUT_DDL, barrier=barrier).collect()

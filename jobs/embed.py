@@ -52,7 +52,7 @@ from shoal.jobs.publish import (
 )
 from shoal.jobs.published import Published, State, is_head, read_published
 from shoal.jobs.reconcile import count_encoded
-from shoal.jobs.remote import is_remote, require_supported
+from shoal.jobs.remote import require_supported, without_java
 from shoal.jobs.report import Report
 from shoal.jobs.session import described
 from shoal.jobs.source import SourceRows, as_one_state, read_source
@@ -350,8 +350,8 @@ class _Run:
         """Compacts and vacuums what is due; should that fail, what has been published stands."""
         if self.config.maintenance != "auto" or self.limit is not None:
             return
-        if is_remote(self.spark):
-            self.hooks.say("maintenance: not through Spark Connect; `shoal optimize` and `vacuum` do it elsewhere")
+        if without_java(self.spark):
+            self.hooks.say("maintenance: not through Spark Connect or on Databricks; do it elsewhere, or by OPTIMIZE")
             return
         report, hooks = self.report, self.hooks
         with report.phase("maintain"):

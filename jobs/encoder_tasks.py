@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 from shoal.conf.errors import ConfigError
 from shoal.conf.target import ENCODERS_PER_GPU
 from shoal.jobs.model_files import send_model
-from shoal.jobs.remote import is_remote
+from shoal.jobs.remote import without_java
 from shoal.jobs.session import DYNAMIC, is_here, most_slots, slots
 from shoal.udfs.encoder_spec import EncoderSpec
 
@@ -51,7 +51,7 @@ def encoder_tasks(spark: SparkSession) -> EncoderTasks:
     if not num_gpus or conf.get(GPUS_OF_ALL, "") or is_here(spark):
         now = slots(spark)
         return EncoderTasks(now, most_slots(conf, now))
-    if is_remote(spark):
+    if without_java(spark):
         raise ConfigError(
             f"{GPUS} is {num_gpus} on the server, and a client of Spark Connect does not learn what its executors "
             f"have; have the server started with {GPUS_OF_ALL}: 1, which gives every task a GPU"
@@ -108,7 +108,7 @@ def failed_tasks(spark: SparkSession) -> dict[str, int]:
 
     One that could not read what a lost executor had written counts too.
     """
-    if is_remote(spark) or is_here(spark):
+    if without_java(spark) or is_here(spark):
         return {}
     return {f"{each.id()} ({each.hostPort()})": each.failedTasks() for each in _executors(spark) if each.failedTasks()}
 

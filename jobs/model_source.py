@@ -139,10 +139,13 @@ def _from_package(config: EncoderConfig) -> ResolvedModel:
         )
     roots = [Path(root).joinpath(*rest) for root in found.submodule_search_locations or ()]
     folders = [folder for root in roots if root.is_dir() for folder in model_folders(root)]
-    return ResolvedModel(str(_only(folders, config.model, f"package {name}", roots)), config.model, _distribution(top))
+    return ResolvedModel(
+        str(_only(folders, config.model, f"package {name}", roots)), config.model, distribution_of(top)
+    )
 
 
-def _distribution(package: str) -> str | None:
+def distribution_of(package: str) -> str | None:
+    """The distribution that brings an import name here, with its version; None where none or several do."""
     names = importlib.metadata.packages_distributions().get(package, [])
     return f"{names[0]}=={importlib.metadata.version(names[0])}" if len(names) == 1 else None
 

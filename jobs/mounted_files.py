@@ -1,4 +1,7 @@
-"""Files on a disk that this machine has too: what Hadoop does for a Spark of our own, and nobody through Connect."""
+"""Files on a disk that this machine has too: what Hadoop does for a Spark of our own, and nobody through Connect.
+
+A volume of Databricks is such a disk.
+"""
 
 import logging
 import os
@@ -9,14 +12,14 @@ from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ConfigError, DestinationError
 from shoal.jobs.filesystem import FileStamp, FileSystem, local_path
-from shoal.jobs.remote import is_remote
+from shoal.jobs.remote import without_java
 
 logger = logging.getLogger(__name__)
 
 
 def open_files(spark: SparkSession, root: str) -> FileSystem:
     """The files below a root, as the session reaches them; ConfigError where it does not."""
-    return MountedFiles(root) if is_remote(spark) else FileSystem(spark, root)
+    return MountedFiles(root) if without_java(spark) else FileSystem(spark, root)
 
 
 class MountedFiles(FileSystem):
@@ -25,8 +28,9 @@ class MountedFiles(FileSystem):
     def __init__(self, root: str) -> None:
         if local_path(root) is None:
             raise ConfigError(
-                f"'{root}' is no path of a disk: through Spark Connect the run itself keeps its lease and its work "
-                "there, so destination.sidecar has to name a folder of a disk that this machine and the executors share"
+                f"'{root}' is no path of a disk: through Spark Connect and on Databricks the run itself keeps its "
+                "lease and its work there, so destination.sidecar has to name a folder of a disk that this machine and "
+                "the executors share (on Databricks: of a volume)"
             )
         self._is_local = True
 

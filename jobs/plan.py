@@ -18,7 +18,7 @@ from shoal.jobs.planner import ACTION, NEW, RowPlan, key_range, near
 from shoal.jobs.prepare import Encoders, describe_encoders, replace_reason, resolve_encoder
 from shoal.jobs.publish import published_columns
 from shoal.jobs.published import Published, read_published
-from shoal.jobs.remote import is_remote, require_supported
+from shoal.jobs.remote import require_supported, without_java
 from shoal.jobs.source import SourceRows, read_source
 from shoal.udfs.terms import describe_terms
 
@@ -111,7 +111,7 @@ def _reads(spark: SparkSession, source: SourceRows, published: Published | None,
 
 def _source_bytes(source: SourceRows) -> int | None:
     """What Spark takes a source's files to be; None of a database, and through Spark Connect, which does not say it."""
-    if is_remote(source.rows.sparkSession):
+    if without_java(source.rows.sparkSession):
         return None
     leaves = source.rows._jdf.queryExecution().optimizedPlan().collectLeaves()
     sizes = [int(leaves.apply(index).stats().sizeInBytes()) for index in range(leaves.size())]

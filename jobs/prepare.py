@@ -34,7 +34,7 @@ from shoal.jobs.layout import TableRef
 from shoal.jobs.model_source import pinned_reference, resolve_spec
 from shoal.jobs.publish import missing_constraints
 from shoal.jobs.published import Published
-from shoal.jobs.remote import is_remote
+from shoal.jobs.remote import without_java
 from shoal.jobs.session import DYNAMIC, is_here
 from shoal.jobs.source import SourceRows
 from shoal.udfs.encode_udf import ArrowFunction, make_canaries, make_probe
@@ -179,7 +179,7 @@ def try_out(spark: SparkSession, spec: EncoderSpec, options: EncodeOptions) -> t
     resolved = replace(spec, precision=told["precision"], backend=told["backend"])
     first = probe_of(resolved.fingerprint, row["report"], row["vectors"])
     if not is_here(spark):
-        if spark.conf.get(DYNAMIC, "false") != "true" and not is_remote(spark):
+        if spark.conf.get(DYNAMIC, "false") != "true" and not without_java(spark):
             wait_for_executors(spark)
         num_tasks = min(encoder_tasks(spark).slots, MOST_TRIALS)
         others = _told(spark, resolved, make_canaries(resolved, options), num_tasks)

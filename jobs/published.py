@@ -16,7 +16,7 @@ from shoal.jobs.filesystem import local_path
 from shoal.jobs.hashing import quoted
 from shoal.jobs.layout import SIDECAR_PROPERTY, TableRef, is_delta
 from shoal.jobs.mounted_files import open_files
-from shoal.jobs.remote import is_remote
+from shoal.jobs.remote import without_java
 
 FORMAT = 1
 FORMAT_PROPERTY = "shoal.format"
@@ -199,7 +199,7 @@ def exists(spark: SparkSession, ref: TableRef) -> bool:
         return True
     path = ref.path or ""
     # Delta itself refuses a folder with something in it, where nobody can look before.
-    can_look = not is_remote(spark) or local_path(path) is not None
+    can_look = not without_java(spark) or local_path(path) is not None
     if can_look and open_files(spark, path).is_occupied(path):
         raise DestinationError(
             f"destination.path '{ref.path}': there is something there that is no Delta table; "
@@ -257,7 +257,7 @@ def read_published(spark: SparkSession, ref: TableRef) -> Published | None:
 
 
 def _qualified(spark: SparkSession, path: str) -> str:
-    if is_remote(spark) and local_path(path) is None:
+    if without_java(spark) and local_path(path) is None:
         return path.rstrip("/")
     return open_files(spark, path).qualified(path)
 

@@ -1,7 +1,9 @@
 """Spark Connect: a session on a server that is elsewhere, with no Java and no SparkContext on this side."""
 
+import hashlib
 import os
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Mapping
@@ -26,6 +28,16 @@ PATIENCE_S = 10.0
 def is_remote(spark: SparkSession) -> bool:
     """Whether a session is a client of Spark Connect."""
     return type(spark).__module__.startswith("pyspark.sql.connect")
+
+
+def on_databricks() -> bool:
+    """Whether this process is a driver on a cluster of Databricks, by the variable that its runtime sets."""
+    return "DATABRICKS_RUNTIME_VERSION" in os.environ
+
+
+def without_java(spark: SparkSession) -> bool:
+    """Whether Shoal has no Java to ask, or one that is not the open one: Databricks' Delta has classes of its own."""
+    return is_remote(spark) or on_databricks()
 
 
 def address_of(settings: SparkConfig) -> str | None:
@@ -63,7 +75,7 @@ def open_remote(address: str, settings: SparkConfig, defaults: Mapping[str, str]
     _require_listener(server)
     try:
         spark = SparkSession.builder.remote(address).getOrCreate()
-        decided = spark.conf.getAll
+        spark.conf.getAll  # noqa: B018 - the first thing that the server is asked
     except ImportError as error:
         raise ConfigError(
             f"spark.remote is {server}, and a client of Spark Connect needs more packages ({first_line(error)}); "
@@ -75,6 +87,22 @@ def open_remote(address: str, settings: SparkConfig, defaults: Mapping[str, str]
             "sc://HOST:PORT, or sc://HOST:PORT/;token=${NAME}, or sc://HOST:PORT/;use_ssl=true",
             code="SPARK_UNAVAILABLE",
         ) from None
+    _settle(spark, settings, defaults, f"the server at {server}")
+    _send_shoal(spark)
+    return spark
+
+
+def open_on_databricks(settings: SparkConfig, defaults: Mapping[str, str]) -> SparkSession:
+    """The session of the cluster that this process is a driver on, whose workers get Shoal; else as `open_remote`."""
+    spark = SparkSession.getActiveSession() or SparkSession.builder.getOrCreate()
+    _settle(spark, settings, defaults, "the cluster")
+    _send_shoal(spark)
+    return spark
+
+
+def _settle(spark: SparkSession, settings: SparkConfig, defaults: Mapping[str, str], owner: str) -> None:
+    """Tells a session that is not ours what it may be told; ConfigError for settings of the user's that it may not."""
+    decided = spark.conf.getAll
     for name, value in {**defaults, **settings.conf}.items():
         is_asked = name in settings.conf
         if decided.get(name) == value or (name in decided and not is_asked):
@@ -85,19 +113,30 @@ def open_remote(address: str, settings: SparkConfig, defaults: Mapping[str, str]
             if is_asked:
                 has = "its own" if is_secret_name(name) else repr(decided.get(name))
                 raise ConfigError(
-                    f"spark.conf: {name} belongs to the server at {server}, which has {has}; leave it out, or have the "
-                    "server started with it"
+                    f"spark.conf: {name} belongs to {owner}, which has {has}; leave it out, or have it started with it"
                 ) from error
+
+
+def _send_shoal(spark: SparkSession) -> None:
+    """Puts Shoal's zip on the path of a session's workers."""
     with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
         packed = Path(folder) / "shoal.zip"
         pack_shoal(packed)
-        spark.addArtifacts(str(packed), pyfile=True)
-    return spark
+        if is_remote(spark):
+            spark.addArtifacts(str(packed), pyfile=True)
+            return
+        # A cluster that other sessions use too takes no second file of this name with other contents, and executors
+        # fetch it when they come: it stays until Spark deletes its own temporary folder.
+        context = spark.sparkContext
+        name = f"shoal-{hashlib.sha256(packed.read_bytes()).hexdigest()[:12]}.zip"
+        kept = Path(context._temp_dir) / name  # type: ignore[attr-defined]
+        shutil.copyfile(packed, kept)
+        context.addPyFile(str(kept))
 
 
 def require_supported(spark: SparkSession, config: RunConfig) -> None:
     """ConfigError for what a run needs Java on this side for, where there is none."""
-    if not is_remote(spark):
+    if not without_java(spark):
         return
     stores = [each.model for each in (config.encoder, config.next_encoder) if each and each.form == "store"]
     for setting, found in (
@@ -107,10 +146,21 @@ def require_supported(spark: SparkSession, config: RunConfig) -> None:
     ):
         if found:
             raise ConfigError(
-                f"{setting} does not work through Spark Connect, where Shoal has no Java of its own; leave it out, or "
-                "run this file by `shoal submit` on another target",
+                f"{setting} does not work through Spark Connect or on Databricks, where Shoal has no Java of its own; "
+                "leave it out, or run this file by `shoal submit` on another target",
                 code="NOT_BY_CONNECT",
             )
+
+
+def require_absolute(config: RunConfig) -> None:
+    """ConfigError for what lies on this machine's disk: a driver inside the cluster runs elsewhere."""
+    folder = f"{config.folder}{os.sep}"
+    here = dict.fromkeys(setting for setting, path in config.named_paths if path.startswith(folder))
+    if here:
+        raise ConfigError(
+            f"the driver is to run inside the cluster, and {', '.join(here)} lie beside the run file, on this machine, "
+            "where it does not look; name an address that every node reaches, or have the driver run here (deploy_mode)"
+        )
 
 
 def own_address(spark: SparkSession) -> str:

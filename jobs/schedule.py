@@ -1,7 +1,7 @@
 """`shoal schedule`: what a platform team copies to run a file every night, with retries by exit code and no overlap.
 
-Every schedule keeps to the exit codes: 1 is tried again once, 2 and 3 wait for somebody, 4 means that another run is at
-it. Nothing here talks to a scheduler.
+What all schedules keep to is in `schedule_rules.py`; that of Databricks is a folder, by `databricks_bundle.py`. Nothing
+here talks to a scheduler.
 """
 
 import json
@@ -15,15 +15,8 @@ from typing import Any, Final
 
 import yaml
 
-from shoal.conf.errors import ConfigError, RefusedError, UserError
 from shoal.conf.run import RunConfig
-
-RETRY_MINUTES: Final = 10
-LONGEST_HOURS: Final = 12
-NOT_AGAIN: Final = (UserError.exit_code, RefusedError.exit_code)
-"""Exit codes that the same run would end with again."""
-
-_TIME = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
+from shoal.jobs.schedule_rules import LONGEST_HOURS, NOT_AGAIN, RETRY_MINUTES, dns_name, hour_and_minute
 
 
 @dataclass(frozen=True)
@@ -44,14 +37,11 @@ class Job:
 
 def schedule(kind: str, file: Path, config: RunConfig, at: str, target: str | None, overrides: Sequence[str]) -> str:
     """The text for one of KINDS; ConfigError for a time that is none."""
-    found = _TIME.fullmatch(at)
-    if found is None:
-        raise ConfigError(f"--at is {at!r}; write a time of day such as 02:30")
+    hour, minute = hour_and_minute(at)
     path = file.absolute()
     verb = ["embed", str(path)] if target is None else ["submit", str(path), "--target", target]
     arguments = (*verb, *(word for text in overrides for word in ("--set", text)))
-    job = Job(config.name, arguments, str(path.parent), int(found[1]), int(found[2]))
-    return KINDS[kind](job)
+    return KINDS[kind](Job(config.name, arguments, str(path.parent), hour, minute))
 
 
 def cron(job: Job) -> str:
@@ -211,8 +201,3 @@ def _unit_word(word: str) -> str:
     """A word of ExecStart: systemd reads %, $ and quotes in its own way."""
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{escaped}"' if re.search(r"[\s\"'\\;]", word) else escaped
-
-
-def dns_name(name: str) -> str:
-    """The name as Kubernetes takes it: lower case, digits and hyphens, at most 52 for a CronJob."""
-    return f"shoal-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}"[:52].rstrip("-")

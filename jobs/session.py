@@ -18,7 +18,7 @@ from pyspark.sql.conf import RuntimeConfig
 from shoal.conf.errors import ConfigError, RunError, first_line
 from shoal.conf.run import SparkConfig
 from shoal.jobs.jars import JARS_OF_SPARK, Artifact, connectors, delta
-from shoal.jobs.remote import ADDRESS, address_of, is_remote, open_remote
+from shoal.jobs.remote import ADDRESS, address_of, is_remote, on_databricks, open_on_databricks, open_remote
 
 DELTA_EXTENSION = "io.delta.sql.DeltaSparkSessionExtension"
 DELTA_CATALOG = "org.apache.spark.sql.delta.catalog.DeltaCatalog"
@@ -32,12 +32,11 @@ SUBMITTED = "SHOAL_SUBMITTED"
 LOGGED_RUN = "mdc.shoal_run"
 """A local property that Spark hands to the loggers of tasks."""
 
-_DEFAULTS = {
+_DELTA = {"spark.sql.extensions": DELTA_EXTENSION, "spark.sql.catalog.spark_catalog": DELTA_CATALOG}
+_SESSION_DEFAULTS = {
     # Delta would refuse every version but the newest that was written longer ago than `retain`, also one that was the
     # newest until a minute ago; whether its files are still there is seen when they are read.
     "spark.databricks.delta.vacuum.enforceTimeTravelWithinDeletedFileRetentionDuration": "false",
-    "spark.sql.extensions": DELTA_EXTENSION,
-    "spark.sql.catalog.spark_catalog": DELTA_CATALOG,
     "spark.sql.execution.arrow.maxRecordsPerBatch": "2048",
     "spark.sql.execution.arrow.pyspark.validateSchema.enabled": "true",
     "spark.sql.execution.pyspark.udf.faulthandler.enabled": "true",
@@ -48,6 +47,7 @@ _DEFAULTS = {
     "spark.sql.session.timeZone": "UTC",
     "spark.ui.showConsoleProgress": "false",
 }
+_DEFAULTS = {**_DELTA, **_SESSION_DEFAULTS}
 _LOCAL_DEFAULTS = {
     "spark.databricks.delta.snapshotPartitions": "2",
     "spark.sql.shuffle.partitions": "8",
@@ -92,13 +92,16 @@ def open_spark(
 ) -> SparkSession:
     """The running session if there is one, else a new one; what spark-submit set wins over our defaults.
 
-    With `spark.remote`, or SPARK_REMOTE in the environment, it is one of Spark Connect's.
+    With `spark.remote`, or SPARK_REMOTE in the environment, it is one of Spark Connect's; on Databricks it is that of
+    the cluster.
 
     places: what will be read and written, for the connectors of object stores, which come from Maven where need be.
     brief: whether a local session is for a few small queries, which nothing is compiled for that takes long.
     Spark's and the Python workers' output goes to `log_file` (default: `default_log_file()`). Raises RunError when the
     JVM does not start, ConfigError when a running session lacks Delta.
     """
+    if on_databricks():
+        return open_on_databricks(settings, _SESSION_DEFAULTS)
     active = SparkSession.getActiveSession()
     if active is not None:
         _require_delta(active)

@@ -2,17 +2,27 @@
 
 import importlib.metadata
 import py_compile
+import shutil
 import tempfile
 import zipfile
 from importlib import resources
 from pathlib import Path
+
+import shoal.conf
 
 PACKED = {"conf": "*.y*ml", "udfs": "*.json", "jobs": "*.json"}
 """The packages of Shoal, and their files beside the Python ones."""
 
 
 def pack_shoal(file: Path) -> None:
-    """Shoal's own packages as a zip that Python imports from, the same bytes for the same version."""
+    """Shoal's own packages as a zip that Python imports from, the same bytes for the same version.
+
+    Where this is imported from such a zip, a copy of it.
+    """
+    whole = Path(shoal.conf.__file__).parents[2]
+    if whole.is_file():
+        shutil.copyfile(whole, file)
+        return
     version = importlib.metadata.version("shoal")
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         # Python finds a package without __init__.py in a zip only where its folder has an entry of its own.

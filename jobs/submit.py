@@ -8,17 +8,18 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pyspark
 
-from shoal.conf.errors import ConfigError, RunError
+from shoal.conf.errors import RunError
 from shoal.conf.loader import SHIPPED_TARGETS
 from shoal.conf.run import RunConfig
 from shoal.conf.target import ENCODERS_PER_GPU, TargetConfig
 from shoal.jobs.encoder_tasks import GPUS
 from shoal.jobs.jars import HADOOP_AWS, JARS_OF_SPARK, connectors, delta
 from shoal.jobs.model_files import SHARED
-from shoal.jobs.remote import ADDRESS, without_token
+from shoal.jobs.remote import ADDRESS, require_absolute, without_token
 from shoal.jobs.session import SUBMITTED
 from shoal.jobs.shoal_zip import pack_shoal
 
@@ -31,6 +32,19 @@ ZIP_PROPERTY = "spark.submit.pyFiles"
 DISCOVERY, VENDOR = "spark.executor.resource.gpu.discoveryScript", "spark.executor.resource.gpu.vendor"
 DISCOVERY_SCRIPT = SHIPPED_TARGETS / "discover_gpus.sh"
 LISTS = ("spark.archives", "spark.files", "spark.jars", "spark.jars.excludes", "spark.jars.packages")
+
+
+class Composed(Protocol):
+    """A verb on a target, of which nothing has been done yet."""
+
+    def document(self) -> dict[str, object]:
+        """What `--dry-run --json` prints."""
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+
+    def run(self, say: Callable[[str], None]) -> int:
+        """Has it done, and returns the exit code of the verb."""
 
 
 @dataclass(frozen=True)
@@ -154,14 +168,18 @@ def _options(folder: str) -> list[str]:
     return ["--properties-file", f"{folder}/{PROPERTIES}", "--load-spark-defaults"]
 
 
-def compose(
-    target: TargetConfig, verb: str, file: Path, config: RunConfig, arguments: Sequence[str] = ()
-) -> Submission | RemoteCall:
+def compose(target: TargetConfig, verb: str, file: Path, config: RunConfig, arguments: Sequence[str] = ()) -> Composed:
     """The call that runs `shoal VERB FILE ARGUMENTS` on the target.
 
     What the target sets wins over the run file's section `spark`. Raises ConfigError where the driver, inside the
     cluster, would not find what the run file names.
     """
+    if target.kind == "databricks":
+        # Their client takes more than a second to import.
+        from shoal.jobs.databricks_submit import composed_run
+
+        require_absolute(config)
+        return composed_run(target, verb, file, config, arguments)
     if target.kind == "connect":
         given = [verb, str(file.absolute()), *arguments, *_given_up(config, target)]
         if target.model == "shared":
@@ -169,7 +187,7 @@ def compose(
         return RemoteCall(target.address, tuple(given))
     inside = target.deploy_mode == "cluster"
     if inside:
-        _require_absolute(config)
+        require_absolute(config)
     python = f"./{ENVIRONMENT}/bin/python" if target.environment else target.python
     properties = {
         "spark.master": target.address,
@@ -246,17 +264,6 @@ def _given_up(config: RunConfig, target: TargetConfig) -> list[str]:
     names = [name for name in ("master", "remote", "driver_memory") if getattr(config.spark, name) is not None]
     names += [f"conf.{name}" for name in config.spark.conf if name in target.conf]
     return [word for name in names for word in ("--set", f"spark.{name}=null")]
-
-
-def _require_absolute(config: RunConfig) -> None:
-    """ConfigError for what lies on this machine's disk: a driver inside the cluster runs elsewhere."""
-    folder = f"{config.folder}{os.sep}"
-    here = dict.fromkeys(setting for setting, path in config.named_paths if path.startswith(folder))
-    if here:
-        raise ConfigError(
-            f"deploy_mode is cluster, and {', '.join(here)} lie beside the run file, on this machine, where a driver "
-            "inside the cluster does not look; name an address that every node reaches, or use deploy_mode: client"
-        )
 
 
 def _escaped(text: str) -> str:

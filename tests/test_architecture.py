@@ -23,8 +23,8 @@ ALLOWED = {
         "regex", "shoal.conf", "sklearn", "tokenizers", "torch", "transformers",
     },
     "jobs": {
-        "delta", "huggingface_hub", "matplotlib", "mlflow", "numpy", "py4j", "pyarrow", "pyspark", "rich", "shoal.conf",
-        "shoal.udfs", "tokenizers", "yaml",
+        "databricks", "delta", "huggingface_hub", "matplotlib", "mlflow", "numpy", "py4j", "pyarrow", "pyspark", "rich",
+        "shoal.conf", "shoal.udfs", "tokenizers", "yaml",
     },
 }  # fmt: skip
 
@@ -90,6 +90,7 @@ WITHOUT_A_MODULE = {
     "tests/jobs/test_protocol.py": "a run killed between any two steps, and two runs at once",
     "tests/jobs/test_cluster.py": "the main job on several executor processes",
     "tests/jobs/test_connect.py": "the main job on a server of Spark Connect",
+    "tests/jobs/test_databricks.py": "a verb as a job of Databricks, from this side and from that",
     "tests/jobs/test_faults.py": "a pipeline killed and hurt by the harness in tests/jobs/faults",
     "tests/jobs/test_other_readers.py": "the published table, read by other engines",
     "tests/jobs/test_metastore.py": "the main job on tables of a catalog",

@@ -29,7 +29,7 @@ COMMAND_LINE = {
     "cutover": ["--debug", "--json", "--set", "FILE"],
     "submit": ["--debug", "--dry-run", "--json", "--set", "--target", "FILE"],
     "doctor": ["--debug", "--json", "--set", "--target", "FILE"],
-    "schedule": ["--at", "--for", "--set", "--target", "FILE"],
+    "schedule": ["--at", "--for", "--out", "--set", "--target", "FILE"],
     "search": ["--debug", "--json", "--where", "-k", "TABLE", "TEXT"],
     "serve": [
         "--bind",

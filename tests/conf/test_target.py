@@ -17,6 +17,7 @@ VARIABLES = {
     },
     "SHOAL_ENVIRONMENT": {"yarn": "env.tar.gz"},
     "SHOAL_IMAGE": {"kubernetes": "images/shoal:1"},
+    "SHOAL_CLUSTER": {"databricks": "0923-164208-meows279"},
 }
 
 
@@ -38,7 +39,8 @@ def test_a_target_that_ships_is_made_by_variables_alone(
     target = load_target(name)
 
     assert target.kind == name
-    assert target.address == {**VARIABLES["SHOAL_MASTER"], "yarn": "yarn"}[name]
+    assert target.address == VARIABLES["SHOAL_MASTER"].get(name, name)
+    assert target.cluster == VARIABLES["SHOAL_CLUSTER"].get(name)
     if name == "yarn":
         assert target.environment == str(tmp_path / "env.tar.gz")
     if name == "kubernetes":
@@ -53,7 +55,7 @@ def test_a_variable_that_is_not_set_is_asked_for(monkeypatch: pytest.MonkeyPatch
 
 def test_an_unknown_name_is_told_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match="--target is 'yarm'; give one of connect, kubernetes, local, standalone, yarn, or"
+        ConfigError, match="--target is 'yarm'; give one of connect, databricks, kubernetes, local, standalone, yarn"
     ):
         load_target("yarm")
 
@@ -73,6 +75,15 @@ def test_an_unknown_name_is_told_the_known_ones() -> None:
         ),
         ("kind: connect\nmaster: sc://h\ngpus: 1\n", "the server of Spark Connect was started with its own"),
         ("kind: connect\nmaster: sc://h\ndeploy_mode: cluster\n", "with kind connect use client"),
+        (
+            "kind: databricks\n",
+            "cluster is not set and new_cluster is not set; name a cluster that is there, or describe",
+        ),
+        ("kind: databricks\ncluster: c\nnew_cluster: {num_workers: 1}\n", "name a cluster that is there, or describe"),
+        ("kind: databricks\ncluster: c\nconf: {spark.a: b}\n", "go into new_cluster.spark_conf"),
+        ("kind: databricks\ncluster: c\nmaster: local\n", "a cluster of Databricks has its own"),
+        ("kind: yarn\ncluster: c\n", "only kind databricks has clusters"),
+        ("kind: databricks\nnew_cluster: big\n", "new_cluster is 'big'"),
         ("kind: local\nmaster: yarn\n", "the master of kind local starts with local"),
         ("kind: local\ndeploy_mode: cluster\n", "with kind local use client"),
         ("kind: standalone\nmaster: spark://h:1\ndeploy_mode: cluster\n", "with kind standalone use client"),
@@ -83,7 +94,7 @@ def test_an_unknown_name_is_told_the_known_ones() -> None:
         ("kind: yarn\ngpus: 0\n", "greater than 0"),
         ("kind: yarn\nencoders_per_gpu: 2\n", "say with gpus how many an executor has"),
         ("kind: local\nconf: {fs.s3a.endpoint: e}\n", "put 'spark.hadoop.' in front"),
-        ("kind: slurm\n", "choose one of local, standalone, yarn, kubernetes, connect"),
+        ("kind: slurm\n", "choose one of local, standalone, yarn, kubernetes, databricks, connect"),
         ("kindd: local\n", "did you mean kind?"),
         ("- a\n", "a target file is a mapping of settings, such as 'kind: local'"),
     ],
@@ -125,3 +136,24 @@ def test_what_came_from_the_environment_into_a_property_is_not_shown(
 def test_every_required_setting_has_a_stand_in() -> None:
     required = {(name,) for name, field in TargetConfig.model_fields.items() if field.is_required()}
     assert set(TARGET_FILE.stand_ins) == required
+
+
+def test_a_cluster_to_be_made_keeps_the_types_of_its_description_and_hides_its_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POOL", "hush-hush")
+    text = (
+        "kind: databricks\nnew_cluster:\n  num_workers: 2\n  is_single_node: false\n  spark_version: '17.3'\n"
+        "  instance_pool_id: ${POOL}\n  spark_conf: {spark.x.password: hush, spark.y: 1}\n"
+    )
+    target = load_target(write(tmp_path, text))
+    assert target.new_cluster == {
+        "num_workers": 2,
+        "is_single_node": False,
+        "spark_version": "17.3",
+        "instance_pool_id": "hush-hush",
+        "spark_conf": {"spark.x.password": "hush", "spark.y": 1},
+    }
+    shown = target.redacted()["new_cluster"]
+    assert (shown["instance_pool_id"], shown["spark_conf"]) == ("***", {"spark.x.password": "***", "spark.y": 1})
+    assert "hush" not in repr(target)

@@ -15,7 +15,8 @@ import yaml
 from shoal.conf.errors import ConfigError
 from shoal.conf.loader import load_run
 from shoal.jobs.cli import SCHEDULERS
-from shoal.jobs.schedule import KINDS, dns_name, schedule
+from shoal.jobs.schedule import KINDS, schedule
+from shoal.jobs.schedule_rules import dns_name
 
 SCHEDULERS_PYTHON = Path(sys.prefix) / "schedulers" / "bin" / "python"
 
@@ -165,4 +166,4 @@ def test_a_time_that_is_none_is_refused(at: str, render: Callable) -> None:
 
 
 def test_the_command_line_offers_what_there_is() -> None:
-    assert set(SCHEDULERS) == set(KINDS)
+    assert set(SCHEDULERS) == {*KINDS, "databricks"}

@@ -139,7 +139,7 @@ def test_a_driver_inside_the_cluster_gets_the_run_file_and_its_own_python(
 def test_a_driver_inside_the_cluster_does_not_find_what_is_here(
     run_file: Callable[..., Path], target: Callable
 ) -> None:
-    with pytest.raises(ConfigError, match=r"deploy_mode is cluster, and source.path, destination.path lie beside"):
+    with pytest.raises(ConfigError, match=r"inside the cluster, and source.path, destination.path lie beside"):
         composed(target("kind: yarn\ndeploy_mode: cluster\n"), run_file())
 
 
