@@ -54,7 +54,7 @@ from shoal.jobs.published import Published, State, is_head, read_published
 from shoal.jobs.reconcile import count_encoded
 from shoal.jobs.remote import require_supported, without_java
 from shoal.jobs.report import Report
-from shoal.jobs.session import described
+from shoal.jobs.session import described, fitted, with_settings
 from shoal.jobs.source import SourceRows, as_one_state, read_source
 from shoal.jobs.staging import create_staging, mend_staging, trim_staging
 
@@ -95,7 +95,7 @@ def embed(
             before = read_published(spark, ref)
             encoders = describe_encoders(config)
             files.require_writable(ref.sidecar)
-        with held(files, ref.lease, run_id, say=hooks.say) as lease:
+        with with_settings(spark, fitted(spark)), held(files, ref.lease, run_id, say=hooks.say) as lease:
             hooks.step("lease taken")
             run = _Run(
                 spark, config, encoders, ref, files, report, lease, hooks, full_refresh=full_refresh, limit=limit
@@ -431,7 +431,7 @@ class _Run:
             self.books.write(self.report.record())
             self.report.mlflow_run = self.books.send_pending(self.config.tracking).get(self.report.run_id)
         except (ShoalError, PySparkException, Py4JJavaError) as second:
-            self.hooks.say(f"the failed run could not be written down: {second}")
+            self.hooks.say(f"the failed run could not be written down: {first_line(second)}")
 
 
 def bytes_of(spark: SparkSession, ref: TableRef, version: int) -> int:

@@ -10,7 +10,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-from shoal.conf.errors import ShoalError
+from shoal.conf.errors import ShoalError, first_line
 from shoal.conf.run import TrackingConfig
 from shoal.jobs.bookkeeping import Bookkeeper, drop_work, new_run_id
 from shoal.jobs.changes import last_unchanged
@@ -163,4 +163,4 @@ def _write_down_failure(operation: Operation, error: ShoalError) -> None:
         operation.lease.check()
         operation.books.write(operation.record(error.status, error=str(error), code=error.code))
     except (ShoalError, PySparkException, Py4JJavaError) as second:
-        operation.say(f"the failure could not be written down: {second}")
+        operation.say(f"the failure could not be written down: {first_line(second)}")

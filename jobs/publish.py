@@ -6,7 +6,6 @@ one transaction id per generation, and the head is read afterwards: a MERGE that
 is taken looks like an empty success.
 """
 
-import contextlib
 import json
 import uuid
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, DataFrameWriterV2, SparkSession
 from pyspark.sql import functions as F
 
-from shoal.conf.errors import DestinationError, OvertakenError, RunError
+from shoal.conf.errors import DestinationError, OvertakenError, RunError, first_line
 from shoal.conf.run import DestinationConfig, RunConfig
 from shoal.jobs.cells import CELL, INDEX_PROPERTY, Index, fresh_cell
 from shoal.jobs.filesystem import full_disk
@@ -438,19 +437,19 @@ def _landed_or_failed(
     spark: SparkSession, target: Target, state: State, error: PySparkException | Py4JJavaError
 ) -> int:
     """The version of a commit that landed although its answer got lost; else the error, in words."""
-    with contextlib.suppress(PySparkException, Py4JJavaError, RunError):
+    outcome = "the table is as it was and the vectors wait in staging: run it again"
+    try:
         return _own_head(spark, target, state)
-    raise _lost_or_failed(error) from error
+    except RunError:
+        pass
+    except (PySparkException, Py4JJavaError):
+        outcome = "whether it landed could not be seen, the table cannot be read now; run it again, which finds out"
+    raise _lost_or_failed(error, outcome) from error
 
 
-def _lost_or_failed(error: PySparkException | Py4JJavaError) -> RunError | DestinationError:
+def _lost_or_failed(error: PySparkException | Py4JJavaError, outcome: str) -> RunError | DestinationError:
     if full := full_disk(error):
         return full
-    told = str(error)
-    text = next((line for line in told.strip().splitlines() if line), type(error).__name__)
-    if any(sign in told for sign in CONFLICTS):
-        return OvertakenError(f"the publication met another commit on the table ({text}); run it again")
-    return RunError(
-        f"the publication failed: {text}; the table is as it was and the vectors wait in staging: run it again",
-        code="PUBLISH_FAILED",
-    )
+    if any(sign in str(error) for sign in CONFLICTS):
+        return OvertakenError(f"the publication met another commit on the table ({first_line(error)}); run it again")
+    return RunError(f"the publication failed: {first_line(error)}; {outcome}", code="PUBLISH_FAILED")

@@ -6,8 +6,11 @@ import re
 import shutil
 import socket
 import tempfile
+import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 from pyspark.errors import PySparkException
@@ -23,6 +26,8 @@ ADDRESS = "SPARK_REMOTE"
 
 DEFAULT_PORT = 15002
 PATIENCE_S = 10.0
+ABSENCE_S = 120.0
+"""How long a server may not answer before a run gives up, whatever it was doing."""
 
 
 def is_remote(spark: SparkSession) -> bool:
@@ -87,9 +92,45 @@ def open_remote(address: str, settings: SparkConfig, defaults: Mapping[str, str]
             "sc://HOST:PORT, or sc://HOST:PORT/;token=${NAME}, or sc://HOST:PORT/;use_ssl=true",
             code="SPARK_UNAVAILABLE",
         ) from None
+    _limit_retries(spark)
     _settle(spark, settings, defaults, f"the server at {server}")
     _send_shoal(spark)
     return spark
+
+
+def _limit_retries(spark: SparkSession) -> None:
+    """Has the client give a server up once, after `ABSENCE_S`; its own policy waits ten minutes, in each call anew."""
+    # Needs packages that only a client has.
+    from pyspark.sql.connect.client.retries import DefaultPolicy, RetryPolicyState
+
+    # The error is told anyway, and with it what to do.
+    warnings.filterwarnings("ignore", r"\[RETRIES_EXCEEDED\]")
+
+    class Patience(RetryPolicyState):
+        def __init__(self, policy: DefaultPolicy) -> None:
+            super().__init__(policy)
+            self._end: float | None = None
+
+        def next_attempt(self, *args: Any) -> int | None:
+            now = time.monotonic()
+            self._end = self._end or now + ABSENCE_S
+            if now >= self._end:
+                cast(Once, self.policy).is_over = True
+                return None
+            return super().next_attempt(*args)
+
+    class Once(DefaultPolicy):
+        def __init__(self) -> None:
+            super().__init__(max_retries=None, max_backoff=5000)
+            self.is_over = False
+
+        def can_retry(self, e: BaseException) -> bool:
+            return not self.is_over and super().can_retry(e)
+
+        def to_state(self) -> RetryPolicyState:
+            return Patience(self)
+
+    cast(Any, spark).client.set_retry_policies([Once()])
 
 
 def open_on_databricks(settings: SparkConfig, defaults: Mapping[str, str]) -> SparkSession:

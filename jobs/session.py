@@ -5,11 +5,12 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from pyspark import SparkConf, SparkContext
+from pyspark.errors import PySparkException
 from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
@@ -48,8 +49,10 @@ _SESSION_DEFAULTS = {
     "spark.ui.showConsoleProgress": "false",
 }
 _DEFAULTS = {**_DELTA, **_SESSION_DEFAULTS}
+SNAPSHOT_TASKS = "spark.databricks.delta.snapshotPartitions"
+DELTA_S_OWN = 50
 _LOCAL_DEFAULTS = {
-    "spark.databricks.delta.snapshotPartitions": "2",
+    SNAPSHOT_TASKS: "2",
     "spark.sql.shuffle.partitions": "8",
     # As many tasks as this list the files for each VACUUM, ten thousand if nobody says otherwise.
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "8",
@@ -134,8 +137,17 @@ def open_spark(
 
 
 def running_session() -> SparkSession:
-    """The session that this process has opened, from whatever thread; RunError where there is none."""
+    """The session with Java that this process has opened, from whatever thread; RunError where there is none.
+
+    ConfigError where there is one of Spark Connect.
+    """
     if SparkContext._active_spark_context is None:
+        if "SPARK_CONNECT_MODE_ENABLED" in os.environ:
+            raise ConfigError(
+                "an encoder in a store does not work through Spark Connect, where Shoal has no Java to read it with; "
+                "do this with a Spark of your own",
+                code="NOT_BY_CONNECT",
+            )
         raise RunError("no Spark session is open in this process; open one first", code="SPARK_UNAVAILABLE")
     return SparkSession.getActiveSession() or SparkSession.builder.getOrCreate()
 
@@ -270,9 +282,10 @@ def begin_group(spark: SparkSession, group: str, text: str) -> None:
 
 
 def cancel_group(spark: SparkSession, group: str) -> None:
-    """Ends the jobs of a group, and their tasks."""
+    """Ends the jobs of a group, and their tasks; whoever asks has an error to tell, so that of a server is not told."""
     if is_remote(spark):
-        spark.interruptTag(group)
+        with suppress(PySparkException):
+            spark.interruptTag(group)
     else:
         spark.sparkContext.cancelJobGroup(group)
 
@@ -304,6 +317,18 @@ def most_slots(conf: SparkConf | RuntimeConfig, now: int) -> int:
         return max(1, now)
     tasks = int(conf.get("spark.executor.cores", "1") or 1) // int(conf.get("spark.task.cpus", "1") or 1)
     return max(1, now, most * max(1, tasks))
+
+
+def fitted(spark: SparkSession) -> dict[str, str]:
+    """What a session is to be told for the length of a run: as many tasks for Delta's log as the cluster has slots.
+
+    Delta's own number, which is the most, is what a small run on a small cluster mostly does. Nothing where somebody
+    has decided on one, or where Delta is not the open one.
+    """
+    if on_databricks() or spark.conf.get(SNAPSHOT_TASKS, None) is not None:
+        return {}
+    num_slots = most_slots(spark.conf, slots(spark))
+    return {SNAPSHOT_TASKS: str(num_slots)} if num_slots < DELTA_S_OWN else {}
 
 
 def _has(conf: SparkConf, word: str) -> bool:

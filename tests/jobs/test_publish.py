@@ -165,6 +165,21 @@ def test_a_publication_stands_although_another_landed_on_top_of_it_before_it_was
     assert merge(spark, target_of(run, before), "first") == 1
 
 
+def test_a_publication_whose_outcome_cannot_be_seen_is_not_said_to_have_changed_nothing(
+    spark: SparkSession, run: Path, before: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> int:
+        raise PySparkException("the server is not there any more\nand a trace")
+
+    monkeypatch.setattr(publish, "_fence", gone)
+    with pytest.raises(RunError, match="not there any more; the table is as it was"):
+        merge(spark, target_of(run, before), "first")
+
+    monkeypatch.setattr(publish, "_own_head", gone)
+    with pytest.raises(RunError, match="not there any more; whether it landed could not be seen"):
+        merge(spark, target_of(run, before), "first")
+
+
 def test_a_commit_leaves_no_settings_behind_in_the_session(spark: SparkSession, run: Path, before: Published) -> None:
     merge(spark, target_of(run, before), "first")
 

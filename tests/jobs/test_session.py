@@ -9,13 +9,16 @@ from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ConfigError
 from shoal.conf.run import SparkConfig
+from shoal.jobs import session
 from shoal.jobs.jars import connectors, delta
 from shoal.jobs.session import (
     CLASS_ARCHIVE,
     DELTA_EXTENSION,
+    SNAPSHOT_TASKS,
     _configured,
     _launching,
     default_log_file,
+    fitted,
     most_slots,
     open_spark,
     slots,
@@ -87,6 +90,20 @@ def test_executors_that_may_come_have_slots_too(spark: SparkSession, conf: dict[
     names = {"cores": "spark.executor.cores", "cpus": "spark.task.cpus"}
     settings = {names.get(name, f"spark.dynamicAllocation.{name}"): value for name, value in conf.items()}
     assert most_slots(SparkConf(loadDefaults=False).setAll(list(settings.items())), 3) == expected
+
+
+def test_delta_s_log_is_read_by_as_many_tasks_as_a_small_cluster_has_slots(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided = spark.conf.get(SNAPSHOT_TASKS)
+    assert fitted(spark) == {}
+    spark.conf.unset(SNAPSHOT_TASKS)
+    try:
+        assert fitted(spark) == {SNAPSHOT_TASKS: "2"}
+        monkeypatch.setattr(session, "slots", lambda _: 64)
+        assert fitted(spark) == {}
+    finally:
+        spark.conf.set(SNAPSHOT_TASKS, decided)
 
 
 def test_the_environment_that_a_jvm_starts_in_is_the_users_with_additions(
