@@ -11,7 +11,8 @@ from pydantic_core import ErrorDetails
 
 from shoal.conf.declared import FileKind
 from shoal.conf.document import Document
-from shoal.conf.section import SettingPath, SettingsError, dotted, shown
+from shoal.conf.redact import is_credential
+from shoal.conf.section import FREE_SETTINGS, SettingPath, SettingsError, dotted, shown
 
 _LONGEST_SHOWN = 80
 
@@ -23,7 +24,7 @@ def find_problems(kind: FileKind, data: dict[str, Any], found: Document) -> list
     taken out (a required one is replaced) and the rest is checked again until nothing new turns up.
     """
     data = copy.deepcopy(data)
-    paragraphs: list[str] = []
+    paragraphs: list[str] = list(_plain_credentials(found.values, (), found))
     broken: set[SettingPath] = set()
     while True:
         try:
@@ -89,6 +90,18 @@ def _paragraph(settings: list[SettingPath], advice: str, found: Document, exampl
     if example and not any(_touches(found.hidden, path) for path in settings):
         advice = f"{advice}: {example}"
     yield f"{found.origin(settings[-1])}: {what}; {advice}."
+
+
+def _plain_credentials(value: Any, path: SettingPath, found: Document) -> Iterator[str]:
+    """A paragraph for each credential that is written out, where the user names the entries."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _plain_credentials(item, (*path, name), found)
+    elif isinstance(value, str) and value.strip() and is_credential(str(path[-1])):
+        is_free = any(part in FREE_SETTINGS - {"tags"} for part in path[:-1])
+        if is_free and not value.startswith("{{secrets/") and not _touches(found.hidden, path):
+            advice = "whoever reads the file could use it: write '${NAME}' and set NAME in the environment, or leave it"
+            yield from _paragraph([path], f"{advice} to the platform", found)
 
 
 def _touches(paths: set[SettingPath], path: SettingPath) -> bool:

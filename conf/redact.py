@@ -29,6 +29,19 @@ def is_secret_name(name: str) -> bool:
     return _SECRET_NAME.search(re.sub(r"(?<=[a-z])(?=[A-Z])|_", "-", name)) is not None
 
 
+_CREDENTIAL = re.compile(
+    r"(?:passw(?:or)?d|passphrase|secret(?:[._-]?key)?|account[._-]?key|(?:[._-]|oauth|session|access|auth|api|^)token)"
+    r"(?:\.[\w-]+(?:\.[\w-]+){2,})?$",
+    re.IGNORECASE,
+)
+"""At the end of a name, or before the account of a store that the name goes on with."""
+
+
+def is_credential(name: str) -> bool:
+    """True for the name of a free entry whose value lets somebody in, and so never stands in a file."""
+    return _CREDENTIAL.search(name) is not None
+
+
 def scrub(text: str, *, pairs: bool) -> str:
     """The text without `user:password@` in a URI; with `pairs` also without what follows `password=` and its like."""
     text = _CONNECT.sub(rf"\1/;{MASK}", _USER_INFO.sub(f"{MASK}@", text))

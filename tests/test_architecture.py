@@ -90,6 +90,7 @@ WITHOUT_A_MODULE = {
     "tests/jobs/test_protocol.py": "a run killed between any two steps, and two runs at once",
     "tests/jobs/test_cluster.py": "the main job on several executor processes",
     "tests/jobs/test_connect.py": "the main job on a server of Spark Connect",
+    "tests/jobs/test_secured.py": "what others see of a driver that is secured",
     "tests/jobs/test_databricks.py": "a verb as a job of Databricks, from this side and from that",
     "tests/jobs/test_faults.py": "a pipeline killed and hurt by the harness in tests/jobs/faults",
     "tests/jobs/test_other_readers.py": "the published table, read by other engines",

@@ -11,13 +11,22 @@ from shoal.conf.target import TargetConfig
 VARIABLES = {
     "SHOAL_MASTER": {
         "standalone": "spark://h:7077",
+        "secured": "spark://h:7077",
         "connect": "sc://h:15002",
         "kubernetes": "k8s://https://h:6443",
         "local": "local[2]",
     },
     "SHOAL_ENVIRONMENT": {"yarn": "env.tar.gz"},
     "SHOAL_IMAGE": {"kubernetes": "images/shoal:1"},
+    **{
+        name: {"secured": "hush"}
+        for name in ("SPARK_SECRET", "SPARK_KEYSTORE", "SPARK_KEYSTORE_PASSWORD", "SPARK_UI_KEY")
+    },
     "SHOAL_CLUSTER": {"databricks": "0923-164208-meows279"},
+    "SPARK_SECRET": {"secured": "hush"},
+    "SPARK_KEYSTORE": {"secured": "ui.p12"},
+    "SPARK_KEYSTORE_PASSWORD": {"secured": "hush"},
+    "SPARK_UI_KEY": {"secured": "hush"},
 }
 
 
@@ -38,7 +47,7 @@ def test_a_target_that_ships_is_made_by_variables_alone(
 
     target = load_target(name)
 
-    assert target.kind == name
+    assert target.kind == {"secured": "standalone"}.get(name, name)
     assert target.address == VARIABLES["SHOAL_MASTER"].get(name, name)
     assert target.cluster == VARIABLES["SHOAL_CLUSTER"].get(name)
     if name == "yarn":
@@ -55,7 +64,8 @@ def test_a_variable_that_is_not_set_is_asked_for(monkeypatch: pytest.MonkeyPatch
 
 def test_an_unknown_name_is_told_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match="--target is 'yarm'; give one of connect, databricks, kubernetes, local, standalone, yarn"
+        ConfigError,
+        match="--target is 'yarm'; give one of connect, databricks, kubernetes, local, secured, standalone, yarn",
     ):
         load_target("yarm")
 
@@ -122,15 +132,44 @@ def test_what_came_from_the_environment_into_a_property_is_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORD", "hush-hush")
-    text = 'kind: local\nconf: {spark.hadoop.fs.s3a.endpoint: "${WORD}", spark.ssl.keyPassword: plain, spark.a: b}\n'
+    text = 'kind: local\nconf: {spark.hadoop.fs.s3a.endpoint: "${WORD}", spark.x.access.key: plain, spark.a: b}\n'
     target = load_target(write(tmp_path, text))
     assert target.conf["spark.hadoop.fs.s3a.endpoint"] == "hush-hush"
     assert target.redacted()["conf"] == {
         "spark.hadoop.fs.s3a.endpoint": "***",
-        "spark.ssl.keyPassword": "***",
+        "spark.x.access.key": "***",
         "spark.a": "b",
     }
     assert "hush" not in repr(target)
+
+
+@pytest.mark.parametrize(
+    ("entry", "is_refused"),
+    [
+        ("conf: {spark.authenticate.secret: geheim}", True),
+        ("conf: {spark.hadoop.fs.s3a.secret.key: geheim}", True),
+        ("conf: {spark.hadoop.fs.azure.account.key.shop.dfs.the.store: geheim}", True),
+        ("conf: {spark.kubernetes.authenticate.oauthToken: geheim}", True),
+        ("new_cluster: {spark_env_vars: {DB_PASSWORD: geheim}}", True),
+        ("new_cluster: {spark_env_vars: {DB_PASSWORD: '{{secrets/shoal/db}}'}}", False),
+        ('conf: {spark.authenticate.secret: "${WORD}"}', False),
+        ("conf: {spark.hadoop.fs.s3a.aws.credentials.provider: org.example.Provider}", False),
+        ("conf: {spark.kubernetes.authenticate.oauthTokenFile: /run/token}", False),
+    ],
+)
+def test_what_lets_somebody_in_does_not_stand_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, is_refused: bool
+) -> None:
+    monkeypatch.setenv("WORD", "geheim")
+    path = write(tmp_path, f"kind: {'databricks' if 'cluster' in entry else 'local'}\n{entry}\n")
+    if not is_refused:
+        load_target(path)
+        return
+    with pytest.raises(
+        ConfigError, match=r"is '\*\*\*'; whoever reads the file could use it: write '\$\{NAME\}'"
+    ) as caught:
+        load_target(path)
+    assert "geheim" not in str(caught.value)
 
 
 def test_every_required_setting_has_a_stand_in() -> None:
@@ -144,7 +183,7 @@ def test_a_cluster_to_be_made_keeps_the_types_of_its_description_and_hides_its_s
     monkeypatch.setenv("POOL", "hush-hush")
     text = (
         "kind: databricks\nnew_cluster:\n  num_workers: 2\n  is_single_node: false\n  spark_version: '17.3'\n"
-        "  instance_pool_id: ${POOL}\n  spark_conf: {spark.x.password: hush, spark.y: 1}\n"
+        "  instance_pool_id: ${POOL}\n  spark_conf: {spark.x.access.key: hush, spark.y: 1}\n"
     )
     target = load_target(write(tmp_path, text))
     assert target.new_cluster == {
@@ -152,8 +191,8 @@ def test_a_cluster_to_be_made_keeps_the_types_of_its_description_and_hides_its_s
         "is_single_node": False,
         "spark_version": "17.3",
         "instance_pool_id": "hush-hush",
-        "spark_conf": {"spark.x.password": "hush", "spark.y": 1},
+        "spark_conf": {"spark.x.access.key": "hush", "spark.y": 1},
     }
     shown = target.redacted()["new_cluster"]
-    assert (shown["instance_pool_id"], shown["spark_conf"]) == ("***", {"spark.x.password": "***", "spark.y": 1})
+    assert (shown["instance_pool_id"], shown["spark_conf"]) == ("***", {"spark.x.access.key": "***", "spark.y": 1})
     assert "hush" not in repr(target)

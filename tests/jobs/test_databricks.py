@@ -187,7 +187,7 @@ def test_a_dry_run_asks_nobody_and_hides_secrets(
     space: Workspace, there: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "target.yaml"
-    conf = "{spark.x.password: hush-hush, spark.task.resource.gpu.amount: 1}"
+    conf = "{spark.x.access.key: hush-hush, spark.task.resource.gpu.amount: 1}"
     target.write_text(
         "kind: databricks\nmodel: shared\nnew_cluster:\n  spark_version: 17.3.x-gpu-ml-scala2.13\n  num_workers: 2\n"
         f"  spark_conf: {conf}\n"
