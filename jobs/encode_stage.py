@@ -49,9 +49,12 @@ def encode_waves(
     canaries: Canaries | None,
     progress: ProgressTarget | None,
     step: Callable[[str], None],
+    staged: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Encodes `todo` and appends it to staging, a commit per wave; `step` is called before and after each commit.
+
+    `staged` is called after it too.
 
     A wave that keeps killing its Python workers is encoded again with the encoder in a process of its own, and the
     chunk at fault becomes an error; `warn` is told. At the first wave that fails otherwise no further one is started
@@ -89,6 +92,7 @@ def encode_waves(
             step(f"wave {wave} isolated")
             attempt(wave, isolated=True)
         step(f"wave {wave} staged")
+        staged()
 
     with ThreadPoolExecutor(WAVES_IN_FLIGHT, thread_name_prefix="shoal-wave") as pool:
         waiting = list(range(num_waves))

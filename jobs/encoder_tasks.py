@@ -103,14 +103,21 @@ def wait_for_executors(spark: SparkSession) -> int:
 
 
 def failed_tasks(spark: SparkSession) -> dict[str, int]:
-    """Tasks that have failed on each executor that is there now, by its name; those without any, the driver of a local
-    master, and what lies behind Spark Connect left out.
+    """Tasks that have failed on each executor, a dead one too, by its name and where its log is; those without any, the
+    driver of a local master, and what lies behind Spark Connect left out.
 
     One that could not read what a lost executor had written counts too.
     """
     if without_java(spark) or is_here(spark):
         return {}
-    return {f"{each.id()} ({each.hostPort()})": each.failedTasks() for each in _executors(spark) if each.failedTasks()}
+    found = [each for each in _executors(spark, active=False) if each.failedTasks()]
+    return {f"{each.id()} ({', '.join([each.hostPort(), *_log_of(each)])})": each.failedTasks() for each in found}
+
+
+def _log_of(executor: Any) -> list[str]:
+    """The address of what an executor has written, as the cluster manager shows it."""
+    known = executor.executorLogs().get("stderr")
+    return [] if known.isEmpty() else [known.get()]
 
 
 def sharing_of(text: str) -> int:
@@ -127,9 +134,9 @@ def _cores_of_executors(spark: SparkSession) -> list[int]:
     return [each.totalCores() for each in _executors(spark) if each.id() != "driver" and each.totalCores()]
 
 
-def _executors(spark: SparkSession) -> list[Any]:
-    """Spark's own summaries of the driver and of the executors that are there now."""
-    known = spark.sparkContext._jsc.sc().statusStore().executorList(True)  # type: ignore[attr-defined]
+def _executors(spark: SparkSession, *, active: bool = True) -> list[Any]:
+    """Spark's own summaries of the driver and of the executors, of those that are there now or of all."""
+    known = spark.sparkContext._jsc.sc().statusStore().executorList(active)  # type: ignore[attr-defined]
     return [known.apply(index) for index in range(known.size())]
 
 

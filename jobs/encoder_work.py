@@ -128,9 +128,11 @@ class EncoderWork:
 
         failed = failed_tasks(self.spark)
         host, bound = _listening(self.spark)
-        with ProgressReceiver(run_id, host=bound) as receiver:
+        with ProgressReceiver(host=bound) as receiver:
             num_done = chunks.distinct - chunks.num_todo
-            with shown_progress(receiver, chunks.num_todo, num_done, started, hooks.console, hooks.say) as points:
+            with shown_progress(
+                receiver, chunks.num_todo, num_done, chunks.num_waves, started, hooks.console, hooks.say
+            ) as shown:
                 encode_waves(
                     self.spark,
                     self.ref,
@@ -141,8 +143,9 @@ class EncoderWork:
                     spec=spec,
                     options=self.options,
                     canaries=probe.canaries,
-                    progress=ProgressTarget(host, receiver.port, run_id, 0),
+                    progress=ProgressTarget(host, receiver.port, receiver.secret, 0),
                     step=step,
+                    staged=shown.wave_staged,
                     warn=warn,
                 )
             totals = receiver.totals()
@@ -153,7 +156,7 @@ class EncoderWork:
                     "its log says why, and `shoal doctor` visits every executor"
                 )
         padding = 1 - totals.tokens / totals.padded if totals.padded else None
-        return Encoded(points, padding, probe.report["parity"]["min"])
+        return Encoded(shown.points, padding, probe.report["parity"]["min"])
 
     def account(self, rows: RowPlan, chunks: ChunkPlan, have: Have, run_id: str) -> tuple[Account, Have]:
         """What became of every chunk, and where the vectors are now that they have been staged."""

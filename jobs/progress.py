@@ -29,20 +29,21 @@ def shown_progress(
     receiver: ProgressReceiver,
     num_chunks: int,
     num_done: int,
+    num_waves: int,
     started: float,
     console: Console,
     say: Callable[[str], None],
-) -> Iterator[Points]:
-    """Shows progress until the block ends; gives (seconds since `started`, chunks, tokens), thinned to MAX_POINTS.
+) -> Iterator["Shown"]:
+    """Shows progress until the block ends.
 
     num_done: chunks of the plan that needed no encoding; the bar counts on from there. started: as time.time().
     """
-    shown = _Shown(receiver, num_chunks, num_done, started, console, say)
+    shown = Shown(receiver, num_chunks, num_done, num_waves, started, console, say)
     show = shown.bar if console.is_terminal and not console.is_dumb_terminal else shown.lines
     thread = threading.Thread(target=show, name="shoal-progress", daemon=True)
     thread.start()
     try:
-        yield shown.points
+        yield shown
     finally:
         shown.stop.set()
         thread.join()
@@ -51,17 +52,37 @@ def shown_progress(
 
 
 @dataclass
-class _Shown:
+class Shown:
+    """What is shown, and what is known by now.
+
+    points: (seconds since `started`, chunks, tokens), thinned to MAX_POINTS.
+    """
+
     receiver: ProgressReceiver
     num_chunks: int
     num_done: int
+    num_waves: int
     started: float
     console: Console
     say: Callable[[str], None]
     points: Points = field(default_factory=list)
+    num_staged: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
     before: dict[str, Counts] = field(default_factory=dict)
     looked: float = field(default_factory=time.monotonic)
+
+    def wave_staged(self) -> None:
+        """Told of each wave, of which whole ones are all that is known where executors do not reach this machine."""
+        self.num_staged += 1
+        if self.receiver.totals().chunks:
+            return
+        if self.num_staged == 1:
+            host, port = self.receiver.address
+            self.say(
+                f"no counts come from the executors, whose UDP packets do not reach {host}:{port} on this machine; "
+                "whole waves are told instead"
+            )
+        self.say(f"encoding: {self.num_staged} of {self.num_waves} waves")
 
     def places(self) -> list[str]:
         """A line for each executor and GPU: its rates since the last call, slowest first, and what the GPU is doing.
@@ -116,12 +137,15 @@ class _Shown:
                     progress.below = "\n".join(self.places())
                     last_places = now
                 rates = _rates(totals.chunks, totals.tokens, now - began)
-                progress.update(task, completed=self.num_done + totals.chunks, rates=rates)
+                done = totals.chunks or self.num_chunks * self.num_staged // self.num_waves
+                progress.update(task, completed=self.num_done + done, rates=rates)
 
     def lines(self) -> None:
         began = last_places = time.monotonic()
         while not self.stop.wait(LOG_SECONDS):
             chunks, tokens = self.note()
+            if self.num_staged and not chunks:
+                continue
             seconds = time.monotonic() - began
             left = f", about {(self.num_chunks - chunks) * seconds / chunks:.0f} s left" if chunks else ""
             done, total = self.num_done + chunks, self.num_done + self.num_chunks

@@ -27,9 +27,9 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.Mon
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.02)
     said: list[str] = []
     console = Console(file=io.StringIO())
-    with ProgressReceiver("run-1") as receiver:
-        sender = ProgressSender(ProgressTarget("127.0.0.1", receiver.port, "run-1", 0), 0, 0)
-        with shown_progress(receiver, 100, 40, time.time(), console, said.append) as points:
+    with ProgressReceiver() as receiver:
+        sender = ProgressSender(ProgressTarget("127.0.0.1", receiver.port, receiver.secret, 0), 0, 0)
+        with shown_progress(receiver, 100, 40, 4, time.time(), console, said.append) as shown:
             until(lambda: said)
             assert said[0].startswith("encoding: 40 of 140 chunks, 0 chunks/s, 0 tokens/s")
             sender.send(Counts(chunks=60, tokens=900, padded=1000))
@@ -39,18 +39,18 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.Mon
         time.sleep(0.1)
         assert len(said) == num_said, "it goes on after its end"
         sender.close()
-    assert points[-1][1:] == (60, 900)
-    assert [point[0] for point in points] == sorted(point[0] for point in points)
+    assert shown.points[-1][1:] == (60, 900)
+    assert [point[0] for point in shown.points] == sorted(point[0] for point in shown.points)
 
 
 def test_several_executors_have_a_line_each_with_what_they_did_since_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.02)
     monkeypatch.setattr(progress, "PLACES_SECONDS", 0.02)
     said: list[str] = []
-    with ProgressReceiver("run-1") as receiver:
-        to = ProgressTarget("127.0.0.1", receiver.port, "run-1", 0)
+    with ProgressReceiver() as receiver:
+        to = ProgressTarget("127.0.0.1", receiver.port, receiver.secret, 0)
         slow, fast = ProgressSender(to, 0, 0, "a/1"), ProgressSender(to, 1, 0, "b/2 cuda:0")
-        with shown_progress(receiver, 100, 0, time.time(), Console(file=io.StringIO()), said.append):
+        with shown_progress(receiver, 100, 0, 4, time.time(), Console(file=io.StringIO()), said.append):
             slow.send(Counts(chunks=1, tokens=10))
             until(lambda: "1 of 100" in (said or [""])[-1])
             assert not any("a/1" in line for line in said), "the line of the run says all of a single executor"
@@ -65,10 +65,10 @@ def test_several_executors_have_a_line_each_with_what_they_did_since_the_last(mo
 
 
 def test_of_many_executors_the_slowest_are_shown() -> None:
-    with ProgressReceiver("run-1") as receiver:
-        shown = progress._Shown(receiver, 100, 0, time.time(), Console(file=io.StringIO()), lambda _: None)
+    with ProgressReceiver() as receiver:
+        shown = progress.Shown(receiver, 100, 0, 4, time.time(), Console(file=io.StringIO()), lambda _: None)
         for number in range(20):
-            to = ProgressTarget("127.0.0.1", receiver.port, "run-1", 0)
+            to = ProgressTarget("127.0.0.1", receiver.port, receiver.secret, 0)
             ProgressSender(to, number, 0, f"h/{number:02}").send(Counts(chunks=1, tokens=10_000 * (20 - number)))
         until(lambda: receiver.totals().chunks == 20)
         lines = shown.places()
@@ -85,16 +85,35 @@ def test_on_a_terminal_there_is_a_bar_that_leaves_nothing_behind(monkeypatch: py
     screen = io.StringIO()
     environment = {"TERM": "xterm"}
     console = Console(file=screen, force_terminal=True, width=120, color_system=None, _environ=environment)
-    with ProgressReceiver("run-1") as receiver:
-        sender = ProgressSender(ProgressTarget("127.0.0.1", receiver.port, "run-1", 0), 0, 0)
-        with shown_progress(receiver, 100, 40, time.time(), console, said.append) as points:
+    with ProgressReceiver() as receiver:
+        sender = ProgressSender(ProgressTarget("127.0.0.1", receiver.port, receiver.secret, 0), 0, 0)
+        with shown_progress(receiver, 100, 40, 4, time.time(), console, said.append) as shown:
             sender.send(Counts(chunks=60, tokens=900, padded=1000), DeviceLoad(1_000_000, 2_000_000, None))
             until(lambda: "100/140" in screen.getvalue())
             until(lambda: "1.0 MB of 2.0 MB in use" in screen.getvalue())
         sender.close()
     assert said == []
     assert "tokens/s" in screen.getvalue()
-    assert points[-1][1:] == (60, 900)
+    assert shown.points[-1][1:] == (60, 900)
+
+
+def test_where_no_counts_arrive_that_is_said_once_and_whole_waves_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.02)
+    said: list[str] = []
+    with ProgressReceiver() as receiver:
+        ProgressSender(ProgressTarget("127.0.0.1", receiver.port, b"of another run", 0), 0, 0).send(Counts(chunks=60))
+        with shown_progress(receiver, 100, 40, 4, time.time(), Console(file=io.StringIO()), said.append) as shown:
+            until(lambda: said)
+            shown.wave_staged()
+            num_said = len(said)
+            shown.wave_staged()
+            time.sleep(0.1)
+    assert [line.partition(",")[0] for line in said[num_said - 2 :]] == [
+        "no counts come from the executors",
+        "encoding: 1 of 4 waves",
+        "encoding: 2 of 4 waves",
+    ]
+    assert f":{receiver.port} on this machine" in said[num_said - 2]
 
 
 def test_a_long_run_keeps_a_bounded_number_of_points(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,20 +125,20 @@ def test_a_long_run_keeps_a_bounded_number_of_points(monkeypatch: pytest.MonkeyP
         lines += 1
 
     with (
-        ProgressReceiver("run-1") as receiver,
-        shown_progress(receiver, 10, 0, time.time(), Console(file=io.StringIO()), say) as points,
+        ProgressReceiver() as receiver,
+        shown_progress(receiver, 10, 0, 4, time.time(), Console(file=io.StringIO()), say) as shown,
     ):
         until(lambda: lines > 3 * MAX_POINTS)
-    assert MAX_POINTS // 2 <= len(points) <= MAX_POINTS
+    assert MAX_POINTS // 2 <= len(shown.points) <= MAX_POINTS
 
 
 def test_a_run_that_fails_stops_the_display(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.02)
     said: list[str] = []
-    with ProgressReceiver("run-1") as receiver:
+    with ProgressReceiver() as receiver:
         with (
             pytest.raises(ValueError, match="stop"),
-            shown_progress(receiver, 10, 0, time.time(), Console(file=io.StringIO()), said.append),
+            shown_progress(receiver, 10, 0, 4, time.time(), Console(file=io.StringIO()), said.append),
         ):
             raise ValueError("stop")
         num_said = len(said)

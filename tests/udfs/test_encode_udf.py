@@ -127,8 +127,8 @@ def test_an_unexpected_failure_is_a_worker_error_with_its_cause(spec: EncoderSpe
 
 
 def test_progress_reaches_the_driver(spec: EncoderSpec, texts: list[str]) -> None:
-    with ProgressReceiver("r9") as receiver:
-        target = ProgressTarget("127.0.0.1", receiver.port, "r9", 2)
+    with ProgressReceiver() as receiver:
+        target = ProgressTarget("127.0.0.1", receiver.port, receiver.secret, 2)
         out = list(make_encode(spec, EncodeOptions(), progress=target)(iter([batch(texts), batch([None, "b"])])))
         for _ in range(500):
             if receiver.totals(wave=2).chunks == len(texts) + 2:
