@@ -107,7 +107,7 @@ faults-short: install ## a few kills and every other hurt: minutes
 audit: $(INSTALLED) ## look the pinned versions up in the databases of known vulnerabilities
 	@if $(VENV)/bin/uv tool run pip-audit --version >/dev/null 2>&1; then \
 	  $(VENV)/bin/uv tool run pip-audit --requirement constraints.txt --no-deps --disable-pip; \
-	  else echo "make audit: pip-audit cannot be had here; nothing was looked up" >&2; fi
+	  else echo "make audit: pip-audit cannot be had here; nothing was looked up" >&2; exit 1; fi
 
 lock: $(INSTALLED) ## write constraints.txt anew from what .venv holds
 	@{ echo "# The versions that the tests passed with, names and versions only. Written by: make lock"; \

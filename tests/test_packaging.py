@@ -194,6 +194,21 @@ def make(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize(
+    ("spark", "delta"), [("4.0.0", "4.0.0"), ("4.0.1", "4.0.1"), ("4.1.0", "4.4.0"), ("4.2.0", "4.4.0")]
+)
+def test_a_spark_that_is_there_is_never_replaced_by_an_installation(
+    project: dict[str, Any], spark: str, delta: str
+) -> None:
+    extras = [text for texts in project["project"]["optional-dependencies"].values() for text in texts]
+    wanted = {"pyspark": spark, "delta-spark": delta}
+    found = [Requirement(text) for text in [*project["project"]["dependencies"], *extras]]
+    held = [each for each in found if each.name in wanted]
+    assert {each.name for each in held} == set(wanted)
+    for each in held:
+        assert each.specifier.contains(wanted[each.name]), str(each)
+
+
 def test_bare_make_prints_one_line_for_each_target() -> None:
     done = make()
     makefile = (ROOT / "Makefile").read_text()

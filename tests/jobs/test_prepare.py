@@ -13,6 +13,7 @@ from shoal.conf.errors import WorkerError
 from shoal.jobs.canary_store import Probe
 from shoal.jobs.prepare import require_agreement, worker_error
 from shoal.udfs.canaries import Canaries
+from shoal.udfs.encode_udf import ArrowFunction
 
 pytestmark = pytest.mark.spark
 
@@ -72,3 +73,36 @@ def test_executors_have_to_agree_on_the_first_vectors_of_an_encoder() -> None:
     with pytest.raises(WorkerError, match=r"lowest cosine 0\.9998.*, allowed 0\.99999.*shoal doctor") as caught:
         require_agreement([probe(ours), probe(ours), probe(moved)])
     assert caught.value.code == "CANARIES_MOVED"
+
+
+def missing_package(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    import no_such_package_of_ours  # type: ignore[import-not-found]  # noqa: F401
+
+    yield from batches
+
+
+def passed_on(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    yield from batches
+
+
+@pytest.mark.parametrize(
+    ("function", "driver", "told"),
+    [
+        (
+            missing_package,
+            None,
+            "the Python of a worker lacks a package: ModuleNotFoundError: No module named 'no_such",
+        ),
+        (passed_on, "3.9", "the workers have another Python than the driver: PYTHON_VERSION_MISMATCH"),
+    ],
+)
+def test_workers_that_do_not_fit_are_a_clear_error(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch, function: ArrowFunction, driver: str | None, told: str
+) -> None:
+    if driver is not None:
+        monkeypatch.setattr(spark.sparkContext, "pythonVer", driver)
+    with pytest.raises(PySparkException) as caught:
+        spark.range(1).mapInArrow(function, "id LONG").collect()
+    failure = worker_error(caught.value)
+    assert (failure.code, told in str(failure)) == ("WORKERS_UNFIT", True), str(failure)
+    assert "`shoal doctor` visits them all" in str(failure)

@@ -110,6 +110,8 @@ def test_rows_identity_and_state_come_back_and_the_next_night_goes_on_from_there
     assert (again.status, again.generation) == ("published", 5)
     assert again.rows.changed + again.rows.new + again.rows.deleted == 3
     assert_is(spark, folder, NIGHT, 8)
+    told = [(entry["version"], entry["verb"], entry["status"]) for entry in history(spark, table(folder))]
+    assert told[:2] == [(5, "embed", "published"), (4, "restore", "restored")]
 
 
 @pytest.mark.long

@@ -24,7 +24,6 @@ SHOAL = Path(sys.executable).with_name("shoal")
 WORKERS = (1, 2)
 CONF = {
     "spark.executor.memory": "2g",
-    "spark.databricks.delta.snapshotPartitions": "2",
     "spark.sql.shuffle.partitions": "4",
 }
 
