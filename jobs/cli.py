@@ -394,6 +394,8 @@ def _schedule(args: argparse.Namespace) -> int:
     target = load_target(args.target) if args.target is not None else None
     if (args.kind == "databricks") is not (args.out is not None):
         raise ConfigError("--out FOLDER goes with --for databricks, whose schedule is a folder; the others are printed")
+    if config.on_failure is None:
+        _say("warning: the run file has no on_failure, so only the scheduler tells of a failed run; see the text")
     if args.out is not None:
         from shoal.jobs.databricks_bundle import write_bundle
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,15 +15,26 @@ import yaml
 
 from shoal.conf.errors import ConfigError
 from shoal.conf.loader import load_run
-from shoal.jobs.cli import SCHEDULERS
+from shoal.jobs.cli import SCHEDULERS, main
 from shoal.jobs.schedule import KINDS, schedule
 from shoal.jobs.schedule_rules import dns_name
+
+REMOTE: dict[str, Any] = {
+    "source": {"format": "parquet", "path": "s3a://b/in", "key": "id", "text": "body"},
+    "destination": {"path": "s3a://b/docs"},
+}
+"""What a pod reaches."""
 
 SCHEDULERS_PYTHON = Path(sys.prefix) / "schedulers" / "bin" / "python"
 
 
 @pytest.fixture
-def render(run_file: Callable[..., Path]) -> Callable[..., str]:
+def render(run_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    for name in ("JAVA_HOME", "SPARK_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SHOAL_MASTER", "k8s://https://host:6443")
+    monkeypatch.setenv("SHOAL_IMAGE", "registry/shoal:1")
+
     def rendered(kind: str, at: str = "02:30", target: str | None = None, **sections: Any) -> str:
         file = run_file(**sections)
         return schedule(kind, file, load_run(file), at, target, ["limits.min_rows=5"])
@@ -80,8 +92,10 @@ def test_the_units_of_systemd_are_what_systemd_takes(
     executable(tmp_path / "bin/shoal", "exit 0")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
     text = render("systemd", at="2:05")
-    service, timer = text.split("# /etc/systemd/system/shoal-docs.timer\n")
-    units = {"shoal-docs.service": service, "shoal-docs.timer": timer}
+    _, *parts = re.split(r"^# /etc/systemd/system/(\S+)\n", text, flags=re.MULTILINE)
+    units = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert sorted(units) == ["shoal-docs-failed.service", "shoal-docs.service", "shoal-docs.timer"]
+    service, timer = units["shoal-docs.service"], units["shoal-docs.timer"]
     for name, unit in units.items():
         (tmp_path / name).write_text(unit)
 
@@ -93,13 +107,18 @@ def test_the_units_of_systemd_are_what_systemd_takes(
     ours = [line for line in checked.stderr.splitlines() if "shoal-docs" in line]
     assert ours == []
     assert "OnCalendar=*-*-* 02:05:00" in timer
-    assert "RestartPreventExitStatus=2 3 4" in service
+    for wanted in ("RestartPreventExitStatus=2 3 4", "TimeoutStartSec=12h", "OnFailure=shoal-docs-failed.service"):
+        assert wanted in service
 
 
-def test_a_dag_is_python_that_never_overlaps(render: Callable, tmp_path: Path) -> None:
+def test_a_dag_is_python_that_never_overlaps(render: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_ENVIRONMENT", "env.tar.gz")
+    monkeypatch.setenv("HADOOP_CONF_DIR", "/etc/hadoop")
     text = render("airflow", target="yarn")
     compile(text, "dag.py", "exec")
-    for wanted in ("max_active_runs=1", "catchup=False", "retries=1", '"submit"', '"yarn"', 'schedule="30 2 * * *"'):
+    variable = '"HADOOP_CONF_DIR": "/etc/hadoop"'
+    settings = ("max_active_runs=1", "catchup=False", "retries=1", 'schedule="30 2 * * *"')
+    for wanted in (*settings, '"submit"', '"yarn"', variable):
         assert wanted in text
 
 
@@ -110,7 +129,7 @@ def test_airflow_and_the_schema_of_kubernetes_take_what_is_rendered(
     executable(tmp_path / "bin/shoal", "exit $CODE")
     with monkeypatch.context() as patched:
         patched.setattr(sys, "executable", str(tmp_path / "bin/python"))
-        texts = {"dags/docs.py": render("airflow"), "cron.yaml": render("kubernetes", target="kubernetes")}
+        texts = {"dags/docs.py": render("airflow"), "cron.yaml": render("kubernetes", target="kubernetes", **REMOTE)}
     (tmp_path / "dags").mkdir()
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
@@ -139,7 +158,7 @@ def test_airflow_and_the_schema_of_kubernetes_take_what_is_rendered(
 
 
 def test_a_cron_job_of_kubernetes_fails_for_good_where_a_retry_is_pointless(render: Callable, tmp_path: Path) -> None:
-    found = yaml.safe_load(render("kubernetes", target="kubernetes"))
+    found = yaml.safe_load(render("kubernetes", target="kubernetes", **REMOTE))
     assert found["metadata"]["name"] == "shoal-docs"
     assert found["spec"]["concurrencyPolicy"] == "Forbid"
     batch = found["spec"]["jobTemplate"]["spec"]
@@ -167,3 +186,126 @@ def test_a_time_that_is_none_is_refused(at: str, render: Callable) -> None:
 
 def test_the_command_line_offers_what_there_is() -> None:
     assert set(SCHEDULERS) == {*KINDS, "databricks"}
+
+
+TARGET = """\
+# ${OF_A_COMMENT} is none
+kind: standalone
+master: "${THE_MASTER}"
+conf:
+  spark.authenticate.secret: "${THE_SECRET}"
+  spark.eventLog.dir: "${WITH_DEFAULT:-/tmp}"
+"""
+
+
+@pytest.fixture
+def own_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A target file, named from the folder it lies in, and what it takes from the environment."""
+    (tmp_path / "own.yaml").write_text(TARGET)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("THE_MASTER", "spark://host:7077")
+    monkeypatch.setenv("THE_SECRET", "hush & 'hush'")
+    return "own.yaml"
+
+
+def test_a_line_of_cron_brings_its_variables_into_an_empty_environment(
+    render: Callable, own_target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bin_folder = tmp_path / "bin"
+    executable(
+        bin_folder / "shoal", f"echo $THE_MASTER $THE_SECRET > {tmp_path}/seen; echo $* >> {tmp_path}/seen; exit 2"
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", str(bin_folder / "python"))
+        text = render("cron", target=own_target)
+    assert "hush" not in text
+    assert "MAILTO=root" in text
+    assert " timeout 12h " in text
+    *given, line = [line for line in text.splitlines() if not line.startswith("#")]
+    variables = dict(pair.replace('"', "").split("=", 1) for pair in given)
+    assert variables == {"MAILTO": "root", "THE_MASTER": "spark://host:7077"}
+    call = ["env", "-i", "PATH=/usr/bin:/bin", *(f"{name}={value}" for name, value in variables.items())]
+    call += ["/bin/sh", "-c", line.removeprefix("30 2 * * * ")]
+
+    without = subprocess.run(call, cwd="/", capture_output=True, text=True, check=False, timeout=60)
+    assert without.returncode != 0
+    assert not (tmp_path / "seen").exists()
+    (tmp_path / ".shoal-docs.env").write_text("THE_SECRET=\"hush & 'hush'\"\n")
+    done = subprocess.run(call, cwd="/", capture_output=True, text=True, check=False, timeout=60)
+
+    assert done.returncode == 2
+    assert "shoal docs failed" in done.stdout
+    words = f"submit {tmp_path}/run.yaml --target {tmp_path}/own.yaml --set limits.min_rows=5"
+    assert (tmp_path / "seen").read_text().splitlines() == ["spark://host:7077 hush & 'hush'", words]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_no_schedule_has_a_secret_or_a_relative_target(
+    kind: str, render: Callable, own_target: str, tmp_path: Path
+) -> None:
+    text = render(kind, target=own_target, **REMOTE)
+    assert "hush" not in text
+    assert "OF_A_COMMENT" not in text
+    assert "WITH_DEFAULT" not in text
+    for wanted in (f"{tmp_path}/own.yaml", "spark://host:7077", "THE_SECRET"):
+        assert wanted in text
+
+
+def test_an_address_with_a_token_is_a_secret_whatever_its_name(
+    render: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_MASTER", "sc://host:15002/;token=hush")
+    assert "hush" not in render("systemd", target="connect")
+
+
+def test_a_variable_that_is_not_set_is_named(
+    render: Callable, own_target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("THE_MASTER")
+    with pytest.raises(ConfigError, match="THE_MASTER, which is not set"):
+        render("cron", target=own_target)
+
+
+def test_yarn_is_asked_for_where_it_is(render: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_ENVIRONMENT", "env.tar.gz")
+    for name in ("HADOOP_CONF_DIR", "YARN_CONF_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="HADOOP_CONF_DIR"):
+        render("cron", target="yarn")
+
+
+def test_a_cron_job_has_its_files_a_writable_folder_and_its_address(
+    render: Callable, own_target: str, tmp_path: Path
+) -> None:
+    batch = yaml.safe_load(render("kubernetes", target=own_target, **REMOTE))["spec"]["jobTemplate"]["spec"]
+    container = batch["template"]["spec"]["containers"][0]
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert set(mounts) == {str(tmp_path), f"{tmp_path}/run.yaml", f"{tmp_path}/own.yaml"}
+    assert "readOnly" not in mounts[container["workingDir"]]
+    assert batch["activeDeadlineSeconds"] == 12 * 3600
+    env = {entry["name"]: entry for entry in container["env"]}
+    assert env["THE_MASTER"]["value"] == "spark://host:7077"
+    assert env["THE_SECRET"]["valueFrom"] == {"secretKeyRef": {"name": "shoal-docs", "key": "THE_SECRET"}}
+    assert "SPARK_LOCAL_IP" not in env
+
+    text = render("kubernetes", target="kubernetes", **REMOTE)
+    pod = yaml.safe_load(text)["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    env = {entry["name"]: entry for entry in pod["containers"][0]["env"]}
+    for name in ("SPARK_LOCAL_IP", "SPARK_LOCAL_HOSTNAME"):
+        assert env[name]["valueFrom"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+    assert 'kube_job_status_failed{job_name=~"shoal-docs-.*"} > 0' in text
+
+
+def test_a_pod_is_refused_that_would_lose_its_records(render: Callable) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.uri"):
+        render("kubernetes", tracking={"enabled": True}, **REMOTE)
+
+
+def test_a_run_file_that_tells_nobody_is_warned_of(
+    run_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["schedule", "--for", "cron"]
+    assert main([*call, str(run_file())]) == 0
+    assert "no on_failure" in " ".join(capsys.readouterr().err.split())
+    assert main([*call, str(run_file(on_failure={"command": "true"}))]) == 0
+    assert capsys.readouterr().err == ""
