@@ -174,6 +174,9 @@ def _configured(
         key.startswith(EXCLUDING) for key, _ in conf.getAll()
     ):
         defaults |= _CLUSTER_DEFAULTS
+        if conf.get(DYNAMIC, "false") != "true":
+            # So long a task that may go nowhere waits for an executor that joins, which nobody has been asked for.
+            defaults["spark.scheduler.excludeOnFailure.unschedulableTaskSetTimeout"] = "30s"
     lacking = [artifact for artifact in (delta(), *wanted) if not _has(conf, artifact.word)]
     # Asking Ivy takes seconds at every start; the executors of a cluster need what it has found.
     known = [artifact for artifact in lacking if is_local(master) and artifact.fetched()]

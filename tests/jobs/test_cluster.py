@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from cluster import Cluster, clean_environment, die_with_parent
+from cluster import Cluster, bare_environment, die_with_parent
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -25,13 +25,15 @@ from shoal.udfs.vectors import cosines
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
 SHOAL = Path(sys.executable).with_name("shoal")
+ROOT = Path(__file__).parents[2]
 
 # Of the settings that Shoal gives a local session, those that a small table notices most.
 TARGET = """\
 kind: standalone
-master: {}
+master: {0.address}
+python: {0.python}
 conf:
-  spark.cores.max: {}
+  spark.cores.max: {1}
   spark.executor.memory: 768m
   spark.sql.shuffle.partitions: 4
   spark.databricks.delta.snapshotPartitions: 2
@@ -69,7 +71,7 @@ def elsewhere(tmp_path: Path) -> Path:
 @pytest.fixture
 def target(cluster: Cluster, tmp_path: Path) -> Path:
     path = tmp_path / "target.yaml"
-    path.write_text(TARGET.format(cluster.address, 2) + SECURED)
+    path.write_text(TARGET.format(cluster, 2) + SECURED)
     return path
 
 
@@ -80,7 +82,7 @@ def shoal(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 def started(folder: Path, *words: object) -> subprocess.Popen[str]:
-    env = clean_environment() | {"SPARK_LOCAL_IP": "127.0.0.1", "CLUSTER_SECRET": SECRET}
+    env = bare_environment() | {"SPARK_LOCAL_IP": "127.0.0.1", "CLUSTER_SECRET": SECRET}
     command = [str(SHOAL), *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=folder, env=env, text=True, preexec_fn=die_with_parent, **pipes)
@@ -149,6 +151,9 @@ def test_a_submitted_run_from_an_unrelated_folder_publishes_through_two_workers(
     write_rows([{"id": str(index), "body": text} for index, text in enumerate(texts)])
     path = run_file(spark={"master": "local[1]"}, encode={"wave_chunks": 200})
 
+    looking = [cluster.python, "-c", "import importlib.util, pyspark; print(importlib.util.find_spec('shoal'))"]
+    assert subprocess.check_output(looking, cwd=elsewhere, env=bare_environment(), text=True) == "None\n"
+
     done = shoal(elsewhere, "submit", path, "--target", target, "--json")
 
     assert done.returncode == 0, done.stderr
@@ -187,7 +192,7 @@ def test_a_run_whose_workers_leave_or_die_goes_on_where_another_joins(
     try:
         cluster.wait()
         target = tmp_path / "target.yaml"
-        target.write_text(TARGET.format(cluster.address, 2) + COMING_AND_GOING)
+        target.write_text(TARGET.format(cluster, 2) + COMING_AND_GOING)
         staging = tmp_path / "out/docs__shoal/staging/_delta_log"
         with started(elsewhere, "submit", path, "--target", target, "--json") as run:
             # The first commit makes the table, the second one is the first wave.
@@ -211,13 +216,46 @@ def test_a_run_whose_workers_leave_or_die_goes_on_where_another_joins(
 
 BROKEN = """\
 import hashlib
+import os
+from functools import cache
+
+import numpy as np
+
+shake_128 = hashlib.shake_128
+
+
+class LostDevice:
+    dim, packed, depth = 8, False, 1
+
+    def start(self, items, time_limit_s):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
 
 class Broken:
     def __init__(self, text):
         self.text = text
 
     def digest(self, length):
-        return bytes(length)
+        from shoal.udfs.batching import TokenBudget
+        from shoal.udfs.feeding import Feeder
+        from shoal.udfs.tokenizing import Tokenized
+
+        if is_first():
+            return bytes(length)
+        if self.text.startswith(b"text number"):
+            feeder = Feeder(LostDevice(), TokenBudget.fixed(64), time_limit_s=60, normalize=True)
+            feeder.encode(Tokenized([0], np.ones(1, dtype=np.int32), np.zeros(1, dtype=np.bool_)))
+        return shake_128(self.text).digest(length)
+
+
+@cache
+def is_first():
+    try:
+        os.mkdir(os.environ["FIRST"])
+    except FileExistsError:
+        return False
+    return True
+
 
 hashlib.shake_128 = Broken
 """
@@ -225,19 +263,21 @@ hashlib.shake_128 = Broken
 
 @pytest.fixture
 def half_broken(tmp_path: Path) -> Iterator[Cluster]:
-    """Two workers; the Python of the last one hashes all texts to one vector, as a broken GPU might."""
+    """Two workers; on the last one the first Python worker that encodes hashes all texts to one vector, as a broken GPU
+    might, and those after it lose their device with the first text that is no canary.
+    """
     (tmp_path / "sitecustomize.py").write_text(BROKEN)
     made = Cluster(tmp_path / "half-broken", num_workers=1)
     try:
-        made.add_worker(PYTHONPATH=str(tmp_path))
+        made.add_worker(PYTHONPATH=str(tmp_path), FIRST=str(tmp_path / "first"))
         made.wait()
-        (tmp_path / "half-broken.yaml").write_text(TARGET.format(made.address, 2))
+        (tmp_path / "half-broken.yaml").write_text(TARGET.format(made, 2))
         yield made
     finally:
         made.kill()
 
 
-def test_an_executor_whose_vectors_are_wrong_is_left_out_and_told_of(
+def test_an_executor_whose_vectors_are_wrong_or_whose_device_is_lost_is_left_out_and_told_of(
     half_broken: Cluster, elsewhere: Path, spark: SparkSession, write_rows: Callable, run_file: Callable, tmp_path: Path
 ) -> None:
     write_rows([{"id": "0", "body": "text number 0"}])
@@ -251,10 +291,16 @@ def test_an_executor_whose_vectors_are_wrong_is_left_out_and_told_of(
     found = json.loads(done.stdout)
     assert found["chunks"]["encoded"] == 399
     assert any(" failed tasks (" in warning for warning in found["warnings"])
-    (log,) = half_broken.folder.glob("work1/app-*/*/stderr")
-    assert "CANARIES_MOVED" in log.read_text()
-    failed = re.findall(r"Exception in task (\d+)\.\d+ in stage (\d+\.\d+) ", log.read_text())
+    (path,) = half_broken.folder.glob("work1/app-*/*/stderr")
+    log = path.read_text()
+    assert "CANARIES_MOVED" in log
+    assert "DEVICE_FAILED" in log
+    assert "CUDA error: an illegal memory access was encountered" in log
+    failed = re.findall(r"Exception in task (\d+)\.\d+ in stage (\d+\.\d+) ", log)
     assert 1 <= max(Counter(failed).values()) <= 2
+    # What Python imports out of a zip is called as it is there.
+    assert "shoal/udfs/encode_udf.py" in log
+    assert f"{ROOT}/udfs" not in log
     vectors = vectors_of(spark, tmp_path / "out/docs")
     for key in ("0", "399"):
         np.testing.assert_array_equal(vectors[key], hash_vectors([f"text number {key}"], 8)[0])
@@ -279,7 +325,7 @@ def test_two_runs_share_a_cluster(
 ) -> None:
     write_rows([{"id": str(index), "body": f"text number {index}"} for index in range(300)])
     target = tmp_path / "target.yaml"
-    target.write_text(TARGET.format(cluster.address, 1) + SECURED)
+    target.write_text(TARGET.format(cluster, 1) + SECURED)
     before, runs = applications(cluster), []
     for name in ("one", "two"):
         path = run_file(f"{name}.yaml", destination={"path": f"out/{name}"})
@@ -290,6 +336,9 @@ def test_two_runs_share_a_cluster(
     for name in ("one", "two"):
         assert len(vectors_of(spark, tmp_path / "out" / name)) == 300
     assert len(applications(cluster) - before) == 2
+    times = [cluster.times()[name] for name in applications(cluster) - before]
+    both = min(ended for _, ended in times) - max(began for began, _ in times)
+    assert both > max(ended - began for began, ended in times) / 2
 
 
 def test_a_doctor_visits_both_executors_and_their_model_has_been_sent(
@@ -352,7 +401,43 @@ def test_a_real_model_is_sent_to_the_workers_with_the_tokenizer_that_cuts_its_ch
     assert (first, second) == ({"model", "tokenizer"}, set())
 
 
-def test_encoding_has_a_task_for_each_gpu_and_all_other_work_every_core(
+# Has Python workers tell of each task with a GPU and its cores, and of each encoder that they load and its threads.
+TELLING = """\
+import os
+import sys
+
+from pyspark import TaskContext
+
+resources = TaskContext.resources
+
+
+def tell(*words):
+    print("told:", os.getpid(), *words, file=sys.stderr, flush=True)
+
+
+def told(task):
+    from shoal.udfs import encoder_cache
+
+    if not hasattr(encoder_cache, "build"):
+        encoder_cache.build = encoder_cache.build_encoder
+        encoder_cache.build_encoder = loaded
+    found = resources(task)
+    tell("task", found["gpu"].addresses[0], task.cpus())
+    return found
+
+
+def loaded(spec, device, options):
+    from shoal.udfs import encoder_cache
+
+    tell("load", device, options.threads)
+    return encoder_cache.build(spec, device, options)
+
+
+TaskContext.resources = told
+"""
+
+
+def test_encoding_has_a_task_for_each_gpu_or_share_of_one_and_all_other_work_every_core(
     target: Path,
     elsewhere: Path,
     spark: SparkSession,
@@ -361,11 +446,13 @@ def test_encoding_has_a_task_for_each_gpu_and_all_other_work_every_core(
     tmp_path: Path,
 ) -> None:
     write_rows([{"id": str(index), "body": f"text number {index}"} for index in range(600)])
-    path = run_file(encode={"wave_chunks": 300})
+    path = run_file(encode={"wave_chunks": 200})
     events = tmp_path / "events"
     events.mkdir()
-    with_gpus = Cluster(tmp_path / "gpus", cores=2, num_gpus=1)
+    (tmp_path / "sitecustomize.py").write_text(TELLING)
+    with_gpus = Cluster(tmp_path / "gpus", cores=4, num_gpus=2, num_workers=0)
     try:
+        with_gpus.add_worker(PYTHONPATH=str(tmp_path))
         with_gpus.wait()
         conf = {
             "spark.executor.memory": "768m",
@@ -375,24 +462,35 @@ def test_encoding_has_a_task_for_each_gpu_and_all_other_work_every_core(
             "spark.eventLog.compress": "false",
             "spark.eventLog.dir": str(events),
         }
-        settings = {"kind": "standalone", "master": with_gpus.address, "gpus": 1, "conf": conf}
-        target.write_text(yaml.safe_dump(settings))
+        settings = {"kind": "standalone", "master": with_gpus.address, "python": with_gpus.python, "conf": conf}
+        target.write_text(yaml.safe_dump(settings | {"gpus": 1, "encoders_per_gpu": 2}))
         seen = shoal(elsewhere, "doctor", path, "--target", target, "--json")
-        before = set(events.iterdir())
+        (visit,) = events.iterdir()
+        target.write_text(yaml.safe_dump(settings | {"gpus": 2}))
         done = shoal(elsewhere, "submit", path, "--target", target, "--json")
     finally:
         with_gpus.kill()
 
-    # There is no GPU behind the addresses, which the doctor says of both.
+    # There is no GPU behind the addresses, which the doctor says.
     assert seen.returncode == 1, seen.stderr
-    assert [facts["device"] for facts in json.loads(seen.stdout)["executors"]] == ["cuda:0", "cuda:0"]
-    assert seen.stdout.count("was given cuda:0, and torch finds no CUDA device") == 2
+    found = json.loads(seen.stdout)
+    assert found["slots"] == 2
+    assert [(facts["device"], facts["task_cores"]) for facts in found["executors"]] == [("cuda:0", 2)]
+    assert seen.stdout.count("was given cuda:0, and torch finds no CUDA device") == 1
+    assert most_at_once(visit)[0] == 2
     assert done.returncode == 0, done.stderr
     assert len(vectors_of(spark, tmp_path / "out/docs")) == 600
-    (run,) = set(events.iterdir()) - before
-    encoding, other = most_at_once(run)
-    assert encoding == 1
-    assert other == 2
+    (run,) = set(events.iterdir()) - {visit}
+    assert most_at_once(run) == (2, 4)
+    (log,) = with_gpus.folder.glob(f"work0/{run.name.removeprefix('eventlog_v2_')}/*/stderr")
+    told = re.findall(r"told: (\d+) (task|load) (?:cuda:)?(\d) (\d)", log.read_text())
+    assert {(what, gpu, cores) for _, what, gpu, cores in told} == {
+        (what, gpu, "2") for what in ("task", "load") for gpu in ("0", "1")
+    }
+    # A Python worker that is given another GPU by a later wave loads the encoder there too, and nowhere twice.
+    loads = Counter((worker, gpu) for worker, what, gpu, _ in told if what == "load")
+    assert set(loads.values()) == {1}
+    assert len(loads) < sum(what == "task" for _, what, _, _ in told)
 
 
 @pytest.mark.long
@@ -436,10 +534,10 @@ def test_a_refusal_of_the_run_is_the_exit_code_of_the_submission(
 
 @pytest.mark.long
 def test_a_python_that_the_workers_do_not_have_is_said_to_be_missing(
-    target: Path, elsewhere: Path, write_rows: Callable[..., Path], run_file: Callable[..., Path]
+    cluster: Cluster, target: Path, elsewhere: Path, write_rows: Callable[..., Path], run_file: Callable[..., Path]
 ) -> None:
     write_rows([{"id": "1", "body": "one"}])
-    target.write_text(target.read_text() + "python: /no/such/python3\n")
+    target.write_text(target.read_text().replace(cluster.python, "/no/such/python3"))
 
     done = shoal(elsewhere, "submit", run_file(), "--target", target)
 

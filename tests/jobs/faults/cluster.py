@@ -7,11 +7,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
+import sysconfig
 import time
 import urllib.request
+import venv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyspark
 
@@ -20,6 +22,7 @@ from shoal.conf.loader import SHIPPED_TARGETS
 SPARK_HOME = Path(pyspark.__file__).parent
 NUM_WORKERS = 2
 PR_SET_PDEATHSIG = 1
+BARE = {"PATH", "HOME", "JAVA_HOME", "TMPDIR", "SPARK_SUBMIT_OPTS"}
 
 SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 """Options of a JVM that ends before the code it would compile best has paid for that; executors have it too."""
@@ -41,6 +44,8 @@ class Cluster:
         """secret: what every application has to know; Spark's processes then encrypt what they say to each other."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.python = without_shoal(folder / "python")
+        """What a target names as the Python of the workers, so that their Shoal is the one that was sent."""
         self.port, self.web = free_port(), free_port()
         self.address = f"spark://127.0.0.1:{self.port}"
         told = folder / "daemons.conf"
@@ -80,14 +85,16 @@ class Cluster:
         end = time.monotonic() + 120
         while time.monotonic() < end:
             # A master that has just begun to listen may answer with an empty page.
-            with (
-                contextlib.suppress(OSError, ValueError),
-                urllib.request.urlopen(f"http://127.0.0.1:{self.web}/json/") as answer,
-            ):
-                if json.load(answer)["aliveworkers"] == len(self._daemons) - 1:
+            with contextlib.suppress(OSError, ValueError):
+                if self._said()["aliveworkers"] == len(self._daemons) - 1:
                     return
             time.sleep(0.3)
         raise TimeoutError(f"{len(self._daemons) - 1} workers did not register within two minutes")
+
+    def times(self) -> dict[str, tuple[float, float]]:
+        """When each application that is over began and ended, in seconds."""
+        found = {each["id"]: (each["starttime"], each["duration"]) for each in self._said()["completedapps"]}
+        return {name: (began / 1000, (began + took) / 1000) for name, (began, took) in found.items()}
 
     def executors(self) -> list[int]:
         """Process ids of the executors."""
@@ -101,6 +108,12 @@ class Cluster:
         """SIGKILL to the daemons and to everything below them."""
         self._kill(self._daemons)
         self._log.close()
+
+    def _said(self) -> dict[str, Any]:
+        """What the master tells of itself."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.web}/json/") as answer:
+            said: dict[str, Any] = json.load(answer)
+        return said
 
     def _kill(self, daemons: Sequence[subprocess.Popen[bytes]]) -> None:
         for pid in [pid for pid, _ in self._below(daemons)] + [daemon.pid for daemon in daemons]:
@@ -122,14 +135,14 @@ class Cluster:
         return found
 
     def _start(self, folder: Path, role: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-        env = clean_environment() | {
+        env = bare_environment() | {
             "SPARK_HOME": str(SPARK_HOME),
             "SPARK_LOCAL_IP": "127.0.0.1",
             "SPARK_LOCAL_DIRS": str(folder / "local"),
             "SPARK_DAEMON_MEMORY": "256m",
             "SPARK_DAEMON_JAVA_OPTS": "-XX:+UseSerialGC",
             "JDK_JAVA_OPTIONS": SHORT_LIVED,
-            "PYSPARK_PYTHON": sys.executable,
+            "PYSPARK_PYTHON": self.python,
             "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         }
         env |= environment
@@ -149,6 +162,22 @@ def clean_environment() -> dict[str, str]:
     """This process's environment without what Spark would take settings from, for drivers that are short-lived."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SPARK_", "PYSPARK_"))}
     return kept | {"SPARK_SUBMIT_OPTS": SHORT_LIVED}
+
+
+def bare_environment() -> dict[str, str]:
+    """An environment with nothing in it but where programs, Java and the user's folders are."""
+    return {key: value for key, value in clean_environment().items() if key in BARE}
+
+
+def without_shoal(folder: Path) -> str:
+    """A Python in this folder with all packages of the running one but Shoal, which is installed there by a link.
+
+    Python reads the links of its own site-packages alone, not those of a folder that a link names.
+    """
+    venv.create(folder, symlinks=True)
+    (own,) = folder.glob("lib/*/site-packages")
+    (own / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return str(folder / "bin" / "python")
 
 
 def processes() -> tuple[dict[int, int], dict[int, str]]:
