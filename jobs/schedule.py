@@ -35,7 +35,8 @@ class Job:
     """What is run: `shoal` with these arguments, at hour:minute of every day.
 
     variables: what the command wants of its environment; secrets: the names of those whose values stand nowhere here.
-    files: what it reads besides, by their keys in a ConfigMap. executors_call: whether pods must reach this one.
+    files: what it reads besides, by their keys in a ConfigMap. image: what a pod runs. executors_call: whether other
+    pods must reach this one.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Job:
     variables: Mapping[str, str] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()
     files: Mapping[str, Path] = field(default_factory=dict)
+    image: str = "IMAGE"
     executors_call: bool = False
 
     @property
@@ -64,7 +66,7 @@ def schedule(kind: str, file: Path, config: RunConfig, at: str, target: str | No
     files = {path.name: path}
     names = named_variables([path.read_text(encoding="utf-8-sig")], overrides)
     verb = ["embed", str(path)]
-    calls = False
+    image, calls = "IMAGE", False
     if target is not None:
         found = load_target(target)
         shipped = SHIPPED_TARGETS / f"{target}.yaml"
@@ -75,7 +77,7 @@ def schedule(kind: str, file: Path, config: RunConfig, at: str, target: str | No
         text = (shipped if shipped.is_file() else Path(target)).read_text(encoding="utf-8-sig")
         names |= named_variables([text]) | variables_of_kind(found.kind, in_pod=kind == "kubernetes")
         verb = ["submit", str(path), "--target", target]
-        calls = found.kind == "kubernetes" and found.deploy_mode == "client"
+        image, calls = found.image or image, found.kind == "kubernetes" and found.deploy_mode == "client"
     elif kind != "kubernetes":
         names |= variables_of_kind("local", in_pod=False)
     if kind == "kubernetes":
@@ -86,7 +88,8 @@ def schedule(kind: str, file: Path, config: RunConfig, at: str, target: str | No
         # A target that Shoal brings takes it from the working directory, which will be another.
         variables["SHOAL_ENVIRONMENT"] = str(Path(packed).absolute())
     arguments = (*verb, *(word for text in overrides for word in ("--set", text)))
-    return KINDS[kind](Job(config.name, arguments, str(path.parent), hour, minute, variables, secrets, files, calls))
+    folder = str(path.parent)
+    return KINDS[kind](Job(config.name, arguments, folder, hour, minute, variables, secrets, files, image, calls))
 
 
 def cron(job: Job) -> str:
@@ -244,7 +247,7 @@ def kubernetes(job: Job) -> str:
     labels = {"app": "shoal", "run": name}
     container = {
         "name": "shoal",
-        "image": "IMAGE",
+        "image": job.image,
         "command": ["shoal", *job.arguments],
         "workingDir": job.folder,
         "env": env,
@@ -278,7 +281,7 @@ def kubernetes(job: Job) -> str:
     if job.secrets:
         notes.append(f"kubectl create secret generic {name} --from-env-file=FILE  (with {', '.join(job.secrets)})")
     notes += [
-        "IMAGE and serviceAccountName are your cluster's; with --target kubernetes the pod is the driver.",
+        "The image and serviceAccountName are your cluster's; with --target kubernetes the pod is the driver.",
         f'An alert, with kube-state-metrics: kube_job_status_failed{{job_name=~"{name}-.*"}} > 0',
     ]
     return "".join(f"# {note}\n" for note in notes) + _yaml(document)

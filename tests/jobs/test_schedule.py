@@ -287,10 +287,12 @@ def test_a_cron_job_has_its_files_a_writable_folder_and_its_address(
     assert env["THE_MASTER"]["value"] == "spark://host:7077"
     assert env["THE_SECRET"]["valueFrom"] == {"secretKeyRef": {"name": "shoal-docs", "key": "THE_SECRET"}}
     assert "SPARK_LOCAL_IP" not in env
+    assert container["image"] == "IMAGE"
 
     text = render("kubernetes", target="kubernetes", **REMOTE)
     pod = yaml.safe_load(text)["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     env = {entry["name"]: entry for entry in pod["containers"][0]["env"]}
+    assert pod["containers"][0]["image"] == "registry/shoal:1"
     for name in ("SPARK_LOCAL_IP", "SPARK_LOCAL_HOSTNAME"):
         assert env[name]["valueFrom"] == {"fieldRef": {"fieldPath": "status.podIP"}}
     assert 'kube_job_status_failed{job_name=~"shoal-docs-.*"} > 0' in text
