@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 SCHEDULERS = ("airflow", "cron", "databricks", "kubernetes", "systemd")
 
-stdout = Console(emoji=False, highlight=False, soft_wrap=True)
-stderr = Console(stderr=True, emoji=False, highlight=False, soft_wrap=True)
+# In a notebook rich would draw beside the streams, and what keeps them would get nothing.
+stdout = Console(emoji=False, highlight=False, soft_wrap=True, force_jupyter=False)
+stderr = Console(stderr=True, emoji=False, highlight=False, soft_wrap=True, force_jupyter=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TARGET",
         help="local, standalone, yarn, kubernetes, databricks, connect or a FILE",
     )
+    submit.add_argument("--full-refresh", action="store_true", help="as of `shoal embed`")
     submit.add_argument("--dry-run", action="store_true", help="show what the cluster would be told, and do nothing")
     about = "visit every executor: what it has, and whether a run would work there"
     doctor = _add(verbs, "doctor", about, _doctor, file=True)
@@ -371,7 +373,8 @@ def _submission(args: argparse.Namespace, verb: str) -> "Composed":
     from shoal.jobs.submit import compose
 
     passed = [word for text in args.set for word in ("--set", text)]
-    passed += [f"--{name}" for name in ("json", "debug") if getattr(args, name)]
+    given = ("json", "debug", "full_refresh")
+    passed += [f"--{name.replace('_', '-')}" for name in given if getattr(args, name, False)]
     return compose(load_target(args.target), verb, args.file, load_run(args.file, args.set), passed)
 
 

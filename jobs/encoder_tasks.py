@@ -48,7 +48,7 @@ def encoder_tasks(spark: SparkSession) -> EncoderTasks:
     """
     conf = spark.conf
     num_gpus = int(conf.get(GPUS, "0") or 0)
-    if not num_gpus or conf.get(GPUS_OF_ALL, "") or is_here(spark):
+    if not num_gpus or conf.get(GPUS_OF_ALL, "0") not in ("", "0") or is_here(spark):
         now = slots(spark)
         return EncoderTasks(now, most_slots(conf, now))
     if without_java(spark):

@@ -3,6 +3,7 @@
 A volume of Databricks is such a disk.
 """
 
+import errno
 import logging
 import os
 import shutil
@@ -15,6 +16,9 @@ from shoal.jobs.filesystem import FileStamp, FileSystem, local_path
 from shoal.jobs.remote import without_java
 
 logger = logging.getLogger(__name__)
+
+NO_RENAME = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EEXIST)
+"""What a mount says that renames nothing, or nothing onto a file that is there, as volumes of Databricks may."""
 
 
 def open_files(spark: SparkSession, root: str) -> FileSystem:
@@ -95,6 +99,34 @@ class MountedFiles(FileSystem):
                 )
         else:
             here.unlink(missing_ok=True)
+
+    def replace(self, path: str, text: str) -> None:
+        """Overwrites a small file; at once where the disk renames files."""
+        try:
+            super().replace(path, text)
+        except OSError as error:
+            if error.errno not in NO_RENAME:
+                raise
+            here = self._here(path)
+            here.with_name(f".{here.name}.{os.getpid()}").unlink(missing_ok=True)
+            here.write_text(text)
+
+    def move(self, old: str, new: str) -> bool:
+        """Renames a file; False when it is gone, so that of two who try only one succeeds."""
+        try:
+            return super().move(old, new)
+        except OSError as error:
+            if error.errno not in NO_RENAME:
+                raise
+        text = self.read(old)
+        if text is None or not self.create(new, text):
+            return False
+        try:
+            self._here(old).unlink()
+        except FileNotFoundError:
+            self.delete(new)
+            return False
+        return True
 
     def require_shared(self, path: str) -> None:
         """DestinationError where a folder that the server has made is not seen here."""

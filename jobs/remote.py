@@ -166,13 +166,16 @@ def _send_shoal(spark: SparkSession) -> None:
         if is_remote(spark):
             spark.addArtifacts(str(packed), pyfile=True)
             return
-        # A cluster that other sessions use too takes no second file of this name with other contents, and executors
-        # fetch it when they come: it stays until Spark deletes its own temporary folder.
-        context = spark.sparkContext
-        name = f"shoal-{hashlib.sha256(packed.read_bytes()).hexdigest()[:12]}.zip"
-        kept = Path(context._temp_dir) / name  # type: ignore[attr-defined]
-        shutil.copyfile(packed, kept)
-        context.addPyFile(str(kept))
+        # The driver hands out one file of a name, from one place, as long as it lives, and other runs come to it: name
+        # and place are those of the contents, and executors that join later fetch it too.
+        found = hashlib.sha256(packed.read_bytes()).hexdigest()[:12]
+        kept = Path(tempfile.gettempdir()) / f"shoal-{os.getuid()}" / f"shoal-{found}.zip"
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            part = kept.with_name(f".{kept.name}.{os.getpid()}")
+            shutil.copyfile(packed, part)
+            part.replace(kept)
+        spark.sparkContext.addPyFile(str(kept))
 
 
 def require_supported(spark: SparkSession, config: RunConfig) -> None:

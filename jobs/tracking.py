@@ -25,7 +25,7 @@ def send(record: dict[str, Any], tracking: TrackingConfig) -> str:
     import mlflow
 
     client = mlflow.MlflowClient(tracking_uri=tracking.uri)
-    experiment = _experiment(client, tracking.experiment or record["name"], tracking)
+    experiment = _experiment(client, experiment_name(tracking, record["name"]), tracking)
     run_id = record["run_id"]
     known = client.search_runs([experiment], filter_string=f"tags.`{RUN_ID_TAG}` = '{run_id}'", max_results=1)
     run = (
@@ -45,6 +45,12 @@ def send(record: dict[str, Any], tracking: TrackingConfig) -> str:
     status = "FAILED" if record["status"] in _FAILED else "FINISHED"
     client.set_terminated(mlflow_id, status=status, end_time=record["ended_ms"])
     return mlflow_id
+
+
+def experiment_name(tracking: TrackingConfig, name: str) -> str:
+    """The experiment of a run of this name; on Databricks experiments are paths of the workspace."""
+    found = tracking.experiment or name
+    return f"/Shared/{found}" if tracking.uri.startswith("databricks") and not found.startswith("/") else found
 
 
 def _experiment(client: Any, name: str, tracking: TrackingConfig) -> str:

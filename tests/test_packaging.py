@@ -27,7 +27,7 @@ COMMAND_LINE = {
     "embed": ["--debug", "--full-refresh", "--json", "--limit", "--set", "FILE"],
     "plan": ["--debug", "--full-refresh", "--json", "--set", "FILE"],
     "cutover": ["--debug", "--json", "--set", "FILE"],
-    "submit": ["--debug", "--dry-run", "--json", "--set", "--target", "FILE"],
+    "submit": ["--debug", "--dry-run", "--full-refresh", "--json", "--set", "--target", "FILE"],
     "doctor": ["--debug", "--json", "--set", "--target", "FILE"],
     "schedule": ["--at", "--for", "--out", "--set", "--target", "FILE"],
     "search": ["--debug", "--json", "--where", "-k", "TABLE", "TEXT"],

@@ -3,6 +3,7 @@
 Arguments: the notebook, its parameters as JSON, the file for its task values. Started with DATABRICKS_RUNTIME_VERSION.
 """
 
+import builtins
 import json
 import os
 import sys
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 
 from pyspark.sql import SparkSession
 
+# There is an IPython around notebooks, by which a library may take its output elsewhere than to the streams.
+builtins.get_ipython = object
 notebook, parameters, values = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
 
 

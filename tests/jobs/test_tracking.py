@@ -15,11 +15,11 @@ import yaml
 from pyspark.sql import SparkSession
 
 from shoal.conf.loader import load_run
-from shoal.conf.run import RunConfig
+from shoal.conf.run import RunConfig, TrackingConfig
 from shoal.jobs.bookkeeping import Bookkeeper
 from shoal.jobs.embed import Hooks, embed
 from shoal.jobs.layout import table_of
-from shoal.jobs.tracking import RUN_ID_TAG, flat, numbers, send
+from shoal.jobs.tracking import RUN_ID_TAG, experiment_name, flat, numbers, send
 
 pytestmark = pytest.mark.spark
 
@@ -95,6 +95,19 @@ def test_an_embed_is_one_run_with_its_settings_counts_and_versions(sent: Sent) -
     assert metrics["seconds.total"] >= metrics["seconds.encode"] > 0
     assert metrics["bytes_written"] > 0
     assert metrics["parity_min_cosine"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("uri", "experiment", "wanted"),
+    [
+        ("sqlite:///mlflow.db", None, "docs"),
+        ("databricks", None, "/Shared/docs"),
+        ("databricks://team", "nightly", "/Shared/nightly"),
+        ("databricks", "/Repos/team/docs", "/Repos/team/docs"),
+    ],
+)
+def test_an_experiment_on_databricks_is_a_path_of_the_workspace(uri: str, experiment: str | None, wanted: str) -> None:
+    assert experiment_name(TrackingConfig(uri=uri, experiment=experiment), "docs") == wanted
 
 
 def test_source_and_result_are_datasets_with_their_delta_versions(sent: Sent) -> None:
