@@ -75,7 +75,8 @@ def load_target(reference: str) -> TargetConfig:
     """The target of this name among those that Shoal brings, or of a target file.
 
     Relative paths in a file start at its folder, in one of Shoal's own (they come from the environment) at the working
-    directory. Raises ConfigError with a paragraph for every problem.
+    directory. Raises ConfigError with a paragraph for every problem, and for a packed environment that lies elsewhere
+    than SHOAL_ROOTS allows.
     """
     shipped = {path.stem: path for path in sorted(SHIPPED_TARGETS.glob("*.yaml"))}
     if reference not in shipped and not reference.endswith((".yaml", ".yml")):
@@ -91,6 +92,8 @@ def load_target(reference: str) -> TargetConfig:
         _change(data, setting, lambda value: _absolute(value, folder))
     _raise_all([*found.problems, *find_problems(TARGET_FILE, data, found)])
     target = TargetConfig.model_validate(data)
+    if target.environment:
+        require_inside(target.environment, "environment")
     target.hide(frozenset(found.hidden))
     return target
 

@@ -65,7 +65,7 @@ class TargetConfig(Section):
     )
     environment: Text | None = Field(
         default=None,
-        description="Packed Python environment, sent to each node: `.tar.gz` of venv-pack or conda-pack.",
+        description="Packed Python environment, sent to all nodes: `.pex`, or `.tar.gz` of venv-pack or conda-pack.",
     )
     image: Text | None = Field(
         default=None,

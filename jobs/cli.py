@@ -23,6 +23,7 @@ from rich.console import Console
 
 from shoal.conf.errors import ConfigError, RunError, ShoalError, code_of
 from shoal.conf.loader import load_run, load_target
+from shoal.conf.roots import require_inside
 from shoal.conf.run import RunConfig, SparkConfig
 from shoal.conf.section import StemmerName
 from shoal.conf.values import parse_duration
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         _require_text(args)
+        _require_declared_places(args)
         code: int = args.verb(args)
     except ShoalError as error:
         return _failed(args, error, error.exit_code, error.status)
@@ -290,6 +292,17 @@ def _require_text(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if isinstance(value, str) and not value.isprintable() and any("\ud800" <= char <= "\udfff" for char in value):
             raise ConfigError(f"{name} {value!a} is not UTF-8; write it as text, or rename what it names")
+
+
+def _require_declared_places(args: argparse.Namespace) -> None:
+    """ConfigError for a file or folder outside of the declared roots; run and target files may lie anywhere.
+
+    What names a table or an address is looked at where it is read.
+    """
+    for name, value in vars(args).items():
+        if isinstance(value, Path) and not (name == "file" and args.verb is not _passwd):
+            setting = name if name in ("file", "folder") else f"--{name.replace('_', '-')}"
+            require_inside(str(value.absolute()), setting)
 
 
 def _file_arguments(parser: argparse.ArgumentParser) -> None:

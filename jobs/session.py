@@ -33,6 +33,12 @@ SUBMITTED = "SHOAL_SUBMITTED"
 LOGGED_RUN = "mdc.shoal_run"
 """A local property that Spark hands to the loggers of tasks."""
 
+DRIVER_LOG = "SHOAL_DRIVER_LOG"
+"""Environment variable of such a driver; `json`: its Spark logs JSON lines."""
+
+_AS_JSON = "spark.log.structuredLogging.enabled"
+_JSON_LOG = "-Dlog4j2.configurationFile=classpath:org/apache/spark/log4j2-json-layout.properties"
+
 _DELTA = {"spark.sql.extensions": DELTA_EXTENSION, "spark.sql.catalog.spark_catalog": DELTA_CATALOG}
 _SESSION_DEFAULTS = {
     # Delta would refuse every version but the newest that was written longer ago than `retain`, also one that was the
@@ -120,11 +126,11 @@ def open_spark(
     try:
         if SUBMITTED in os.environ:
             # What the submission says, SparkConf learns from a JVM that has been started with it.
-            _start_jvm(None, log_file, delta().fetched())
+            _start_jvm(None, log_file, delta().fetched(), as_json=os.environ.get(DRIVER_LOG) == "json")
         wanted = connectors(places, os.environ.get("SPARK_HOME"))
         conf, class_path = _configured(settings, app_name, wanted, brief=brief)
         master = conf.get("spark.master")
-        _start_jvm(conf, log_file, class_path, brief=brief)
+        _start_jvm(conf, log_file, class_path, brief=brief, as_json=logs_json(dict(conf.getAll())))
         spark = SparkSession.builder.config(conf=conf).getOrCreate()
     except Exception as error:
         raise RunError(
@@ -189,12 +195,19 @@ def _configured(
     return conf, class_path
 
 
-def _start_jvm(conf: SparkConf | None, log_file: Path, class_path: list[Path], *, brief: bool = False) -> None:
+def logs_json(properties: Mapping[str, str]) -> bool:
+    """Whether these properties want JSON lines as logs; a JVM that Python starts has to be told so by an option."""
+    return properties.get(_AS_JSON) == "true"
+
+
+def _start_jvm(
+    conf: SparkConf | None, log_file: Path, class_path: list[Path], *, brief: bool = False, as_json: bool = False
+) -> None:
     """Starts the JVM of this process, unless it has one or belongs to spark-submit."""
     if "PYSPARK_GATEWAY_PORT" in os.environ or SparkContext._gateway is not None:
         return
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("a") as log, _launching(class_path, brief=brief):
+    with log_file.open("a") as log, _launching(class_path, brief=brief, as_json=as_json):
         gateway = launch_gateway(conf, {"stdout": log, "stderr": log})
     SparkContext._ensure_initialized(gateway=gateway, conf=conf)
 
@@ -205,14 +218,14 @@ def default_log_file() -> Path:
 
 
 @contextmanager
-def _launching(class_path: list[Path], *, brief: bool = False) -> Iterator[None]:
+def _launching(class_path: list[Path], *, brief: bool, as_json: bool) -> Iterator[None]:
     """The environment that the JVM starts in: it adds to what spark-defaults.conf says, where settings would replace.
 
     An archive of other jars or of another JVM is ignored by the JVM, which would say so. brief: the JVM compiles
-    quickly instead of well.
+    quickly instead of well. as_json: it logs JSON lines.
     """
     archive = f'-XX:SharedArchiveFile="{CLASS_ARCHIVE}" -Xlog:cds=off -Xlog:cds+dynamic=off'
-    options = [archive] * CLASS_ARCHIVE.exists() + ["-XX:TieredStopAtLevel=1"] * brief
+    options = [archive] * CLASS_ARCHIVE.exists() + ["-XX:TieredStopAtLevel=1"] * brief + [_JSON_LOG] * as_json
     added = {
         "SPARK_DIST_CLASSPATH": os.pathsep.join(str(jar) for jar in class_path),
         "SPARK_SUBMIT_OPTS": " ".join(options),
@@ -250,9 +263,9 @@ def with_settings(spark: SparkSession, wanted: Mapping[str, str]) -> Iterator[No
 
 @contextmanager
 def described(spark: SparkSession, text: str, run_id: str) -> Iterator[None]:
-    """What Spark's UI calls the jobs of this thread for the length of a block, and whose they are in executors' logs.
+    """What Spark's UI calls the jobs of this thread for the length of a block, and whose they are in logs.
 
-    Structured logs, and patterns with %X{mdc.shoal_run}, have the run with every line of a task.
+    Structured logs, and patterns with %X{mdc.shoal_run}, have the run with every line of a task and of this thread.
     """
     if is_remote(spark):
         tags = [f"shoal: {run_id}", text.replace(",", ";")]
@@ -270,10 +283,22 @@ def described(spark: SparkSession, text: str, run_id: str) -> Iterator[None]:
     try:
         for name, value in wanted.items():
             context.setLocalProperty(name, value)
+        _log_as_of_the_run(context)
         yield
     finally:
         for name, former in before.items():
             context.setLocalProperty(name, former)  # type: ignore[arg-type] # None takes it away
+        _log_as_of_the_run(context)
+
+
+def _log_as_of_the_run(context: SparkContext) -> None:
+    """Has what the JVM does for this thread logged as its jobs are; Spark sees to tasks alone."""
+    logger = context._jvm.org.slf4j.MDC  # type: ignore[union-attr] # there is a JVM
+    run_id = context.getLocalProperty(LOGGED_RUN)
+    if run_id is None:
+        logger.remove(LOGGED_RUN)
+    else:
+        logger.put(LOGGED_RUN, run_id)
 
 
 def begin_group(spark: SparkSession, group: str, text: str) -> None:
@@ -282,6 +307,7 @@ def begin_group(spark: SparkSession, group: str, text: str) -> None:
         spark.addTag(group)
     else:
         spark.sparkContext.setJobGroup(group, text, interruptOnCancel=True)
+        _log_as_of_the_run(spark.sparkContext)
 
 
 def cancel_group(spark: SparkSession, group: str) -> None:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import pyspark
 
@@ -20,7 +20,7 @@ from shoal.jobs.encoder_tasks import GPUS
 from shoal.jobs.jars import HADOOP_AWS, JARS_OF_SPARK, connectors, delta
 from shoal.jobs.model_files import SHARED
 from shoal.jobs.remote import ADDRESS, require_absolute, without_token
-from shoal.jobs.session import SUBMITTED
+from shoal.jobs.session import DRIVER_LOG, SUBMITTED, logs_json
 from shoal.jobs.shoal_zip import pack_shoal
 
 ENVIRONMENT = "environment"
@@ -75,6 +75,7 @@ class Submission:
         if not self.inside:
             given = shlex.join([*_options(folder), "pyspark-shell"])
             found |= {SUBMITTED: "1", "PYSPARK_PYTHON": self.python, "PYSPARK_SUBMIT_ARGS": given}
+            found |= {DRIVER_LOG: "json"} if logs_json(self.properties) else {}
         return found
 
     def document(self) -> dict[str, object]:
@@ -188,7 +189,8 @@ def compose(target: TargetConfig, verb: str, file: Path, config: RunConfig, argu
     inside = target.deploy_mode == "cluster"
     if inside:
         require_absolute(config)
-    python = f"./{ENVIRONMENT}/bin/python" if target.environment else target.python
+    packed = _packed(target.environment) if target.environment else None
+    python = packed.python if packed else target.python
     properties = {
         "spark.master": target.address,
         "spark.submit.deployMode": target.deploy_mode,
@@ -200,12 +202,12 @@ def compose(target: TargetConfig, verb: str, file: Path, config: RunConfig, argu
     memory = target.driver_memory or config.spark.driver_memory
     if memory:
         properties["spark.driver.memory"] = memory
-    if target.environment:
-        properties["spark.archives"] = f"{target.environment}#{ENVIRONMENT}"
+    if packed:
+        properties[packed.sent_by] = packed.told
     if target.image:
         properties["spark.kubernetes.container.image"] = target.image
     if target.gpus:
-        properties |= _gpu_properties(target, target.gpus)
+        properties = _with(properties, _gpu_properties(target, target.gpus))
     if target.model == "shared":
         properties[SHARED] = "shared"
     spark_home = target.spark_home or os.environ.get("SPARK_HOME") or str(Path(pyspark.__file__).parent)
@@ -221,6 +223,21 @@ def compose(target: TargetConfig, verb: str, file: Path, config: RunConfig, argu
         inside=inside,
         python=python,
     )
+
+
+class _Packed(NamedTuple):
+    """A packed environment: the property that has Spark send it, what that says, and its Python on a node."""
+
+    sent_by: str
+    told: str
+    python: str
+
+
+def _packed(path: str) -> _Packed:
+    """One file of pex is a Python by itself; an archive is unpacked first."""
+    if path.endswith(".pex"):
+        return _Packed("spark.files", path, f"./{path.rpartition('/')[2]}")
+    return _Packed("spark.archives", f"{path}#{ENVIRONMENT}", f"./{ENVIRONMENT}/bin/python")
 
 
 def _jar_properties(target: TargetConfig, config: RunConfig, spark_home: Path, *, inside: bool) -> dict[str, str]:

