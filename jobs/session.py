@@ -218,7 +218,7 @@ def default_log_file() -> Path:
 
 
 @contextmanager
-def _launching(class_path: list[Path], *, brief: bool, as_json: bool) -> Iterator[None]:
+def _launching(class_path: list[Path], *, brief: bool = False, as_json: bool = False) -> Iterator[None]:
     """The environment that the JVM starts in: it adds to what spark-defaults.conf says, where settings would replace.
 
     An archive of other jars or of another JVM is ignored by the JVM, which would say so. brief: the JVM compiles

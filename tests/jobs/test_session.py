@@ -1,10 +1,13 @@
 """How Spark is opened, as far as a session that runs already shows it."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
-from pyspark import SparkConf
+from pyspark import SparkConf, inheritable_thread_target
 from pyspark.sql import SparkSession
 
 from shoal.conf.errors import ConfigError
@@ -14,11 +17,15 @@ from shoal.jobs.jars import connectors, delta
 from shoal.jobs.session import (
     CLASS_ARCHIVE,
     DELTA_EXTENSION,
+    LOGGED_RUN,
     SNAPSHOT_TASKS,
     _configured,
     _launching,
+    begin_group,
     default_log_file,
+    described,
     fitted,
+    logs_json,
     most_slots,
     open_spark,
     slots,
@@ -126,6 +133,41 @@ def test_the_environment_that_a_jvm_starts_in_is_the_users_with_additions(
         assert dict(os.environ) == before
     with _launching([], brief=True):
         assert os.environ["SPARK_SUBMIT_OPTS"] == "-Dhttp.proxyHost=proxy -XX:TieredStopAtLevel=1"
+
+
+def test_the_log_of_a_driver_is_json_where_spark_is_told_so_of_all_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARK_SUBMIT_OPTS", "-Dmine=1")
+    told = {}
+    for as_json in (logs_json({}), logs_json({"spark.log.structuredLogging.enabled": "true"})):
+        with _launching([], as_json=as_json):
+            told[as_json] = os.environ["SPARK_SUBMIT_OPTS"].split()
+    assert set(told[True]) - set(told[False]) == {
+        "-Dlog4j2.configurationFile=classpath:org/apache/spark/log4j2-json-layout.properties"
+    }
+
+
+def test_what_is_done_for_a_run_is_logged_with_its_id_and_what_comes_after_is_not(spark: SparkSession) -> None:
+    logger = spark._jvm.org.slf4j.MDC
+    with described(spark, "shoal: docs, plan", "run-7"):
+        assert logger.get(LOGGED_RUN) == "run-7"
+        with ThreadPoolExecutor(1) as pool:
+            in_wave = inheritable_thread_target(spark)(
+                lambda: begin_group(spark, "g", "a wave") or logger.get(LOGGED_RUN)
+            )
+            assert pool.submit(in_wave).result() == "run-7"
+    assert logger.get(LOGGED_RUN) is None
+
+
+def test_a_local_session_listens_on_loopback_alone(spark: SparkSession) -> None:
+    assert spark.range(1).count() == 1
+    me = psutil.Process()
+    sockets = []
+    for process in (me, *me.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # a worker that was idle for long enough
+            sockets += process.net_connections("inet")
+    bound = {each.laddr.ip.removeprefix("::ffff:") for each in sockets if each.status in ("LISTEN", "NONE")}
+    assert "127.0.0.1" in bound
+    assert bound <= {"127.0.0.1", "::1"}
 
 
 def test_a_running_session_without_delta_is_refused(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
