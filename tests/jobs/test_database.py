@@ -143,6 +143,23 @@ def test_nights_follow_a_table_of_a_database(
         assert not path.is_file() or PASSWORD.encode() not in path.read_bytes(), path
 
 
+def test_a_table_of_another_catalog_is_a_source_by_its_name_in_three_parts(
+    spark: SparkSession, database: Database, run_file: Callable[..., Path]
+) -> None:
+    database.run("CREATE TABLE pages AS SELECT n AS id, 'page ' || n AS body FROM generate_series(1, 5) n")
+    catalog = "org.apache.spark.sql.execution.datasources.v2.jdbc.JDBCTableCatalog"
+    login = {"url": database.url, "user": "reader", "password": PASSWORD, "driver": "org.postgresql.Driver"}
+    for name, value in {"": catalog, **{f".{key}": value for key, value in login.items()}}.items():
+        spark.conf.set(f"spark.sql.catalog.shop{name}", value)
+    file = run_file(source={"format": "table", "table": "shop.public.pages", "key": "id", "text": "body"})
+
+    report = embed(spark, load_run(file), hooks=Hooks()).public()
+    assert (report["rows"]["new"], report["chunks"]["encoded"]) == (5, 5)
+    database.run("UPDATE pages SET body = 'another' WHERE id = 3")
+    report = embed(spark, load_run(file), hooks=Hooks()).public()
+    assert (report["rows"]["changed"], report["chunks"]["encoded"]) == (1, 1)
+
+
 def test_a_query_in_the_databases_own_sql_is_a_source(
     spark: SparkSession, database: Database, source: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
