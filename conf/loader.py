@@ -13,6 +13,7 @@ from shoal.conf.declared import FileKind, core_type
 from shoal.conf.document import Document
 from shoal.conf.errors import ConfigError
 from shoal.conf.problems import find_problems, value_at
+from shoal.conf.redact import MASK
 from shoal.conf.roots import require_inside
 from shoal.conf.run import RunConfig, TrackingConfig
 from shoal.conf.section import SettingPath
@@ -92,9 +93,14 @@ def load_target(reference: str) -> TargetConfig:
         _change(data, setting, lambda value: _absolute(value, folder))
     _raise_all([*found.problems, *find_problems(TARGET_FILE, data, found)])
     target = TargetConfig.model_validate(data)
-    if target.environment:
-        require_inside(target.environment, "environment")
     target.hide(frozenset(found.hidden))
+    if target.environment:
+        try:
+            require_inside(target.environment, "environment")
+        except ConfigError as error:
+            if ("environment",) in found.hidden:
+                error.args = (str(error).replace(target.environment, MASK),)
+            raise
     return target
 
 

@@ -293,6 +293,8 @@ def described(spark: SparkSession, text: str, run_id: str) -> Iterator[None]:
 
 def _log_as_of_the_run(context: SparkContext) -> None:
     """Has what the JVM does for this thread logged as its jobs are; Spark sees to tasks alone."""
+    if on_databricks():
+        return
     logger = context._jvm.org.slf4j.MDC  # type: ignore[union-attr] # there is a JVM
     run_id = context.getLocalProperty(LOGGED_RUN)
     if run_id is None:

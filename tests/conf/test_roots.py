@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from shoal.conf.errors import ConfigError
-from shoal.conf.loader import load_run
+from shoal.conf.loader import load_run, load_target
 from shoal.conf.roots import VARIABLE, require_inside
 
 
@@ -120,6 +120,17 @@ def test_every_path_of_a_run_file_has_to_lead_there(lake: Path, change: str, set
     assert load_run(lake / "run.yaml").destination.path == f"{lake}/docs"
     with pytest.raises(ConfigError, match=setting) as refused:
         load_run(lake / "run.yaml", [change])
+    assert refused.value.code == "PATH_OUTSIDE_ROOTS"
+
+
+def test_a_packed_environment_has_to_lie_there_and_is_not_told_where_the_environment_names_it(
+    lake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lake / "target.yaml").write_text("{kind: yarn, environment: packed.pex}\n")
+    assert load_target(str(lake / "target.yaml")).environment == f"{lake}/packed.pex"
+    monkeypatch.setenv("SHOAL_ENVIRONMENT", str(lake.parent / "shore" / "hidden.pex"))
+    with pytest.raises(ConfigError, match=r"environment is '\*\*\*': outside") as refused:
+        load_target("yarn")
     assert refused.value.code == "PATH_OUTSIDE_ROOTS"
 
 
