@@ -442,5 +442,6 @@ def bytes_of(spark: SparkSession, ref: TableRef, version: int) -> int:
         .select("operationMetrics")
         .collect()
     )
-    metrics: dict[str, Any] = history[0]["operationMetrics"] if history else {}
+    # A session may keep no metrics of its commits: spark.databricks.delta.history.metricsEnabled.
+    metrics: dict[str, Any] = (history[0]["operationMetrics"] if history else None) or {}
     return int(metrics.get("numTargetBytesAdded") or metrics.get("numOutputBytes") or 0)

@@ -214,9 +214,14 @@ def _write(
     commits = history.select("version", "operationMetrics").collect()
     if not commits:
         raise RunError(f"table {target}: the commit of this join is not in the table's log; run it again")
-    metrics = commits[0]["operationMetrics"]
+    version = commits[0]["version"]
+    # A session may keep no metrics of its commits: spark.databricks.delta.history.metricsEnabled.
+    metrics = commits[0]["operationMetrics"] or {}
+    written = metrics.get("numOutputRows")
+    if written is None:
+        written = spark.sql(f"SELECT count(*) AS n FROM {target.sql} VERSION AS OF {version}").collect()[0]["n"]
     return {
-        "version": commits[0]["version"],
-        "pairs_written": int(metrics.get("numOutputRows") or 0),
+        "version": version,
+        "pairs_written": int(written),
         "bytes_written": int(metrics.get("numOutputBytes") or 0),
     }

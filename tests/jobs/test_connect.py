@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from cluster import SPARK_HOME, clean_environment, die_with_parent, free_port, kill, processes
+from cluster import SHORT_LIVED, SPARK_HOME, clean_environment, die_with_parent, free_port, kill, processes
 from pyspark.sql import SparkSession
 
 from shoal.conf.loader import load_run
@@ -75,7 +75,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options += ["--jars", ",".join(map(str, delta_jars())), "--master", "local[2]"]
     name = "org.apache.spark.sql.connect.service.SparkConnectServer"
     command = [str(SPARK_HOME / "bin" / "spark-submit"), "--class", name, *options, "spark-internal"]
-    env = clean_environment() | {"SPARK_HOME": str(SPARK_HOME), "PYSPARK_PYTHON": sys.executable}
+    env = clean_environment() | {
+        "SPARK_HOME": str(SPARK_HOME),
+        "PYSPARK_PYTHON": sys.executable,
+        "JDK_JAVA_OPTIONS": SHORT_LIVED,
+    }
     with log.open("wb") as out:
         # Elsewhere than the tests' own folder, which may be the one that has Shoal's source.
         process = subprocess.Popen(command, env=env, cwd=folder, stdout=out, stderr=out, preexec_fn=die_with_parent)

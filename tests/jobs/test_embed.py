@@ -14,7 +14,7 @@ from pyspark.sql import SparkSession
 from shoal.conf.errors import LimitError, RefusedError
 from shoal.conf.loader import load_run
 from shoal.jobs.embed import embed
-from shoal.jobs.session import LOGGED_RUN, described
+from shoal.jobs.session import LOGGED_RUN, described, with_settings
 from shoal.udfs.hash_encoder import hash_vectors
 
 pytestmark = pytest.mark.spark
@@ -76,6 +76,17 @@ def test_first_run_publishes_every_row_with_its_vector_and_the_second_does_nothi
     for index in range(3):
         np.testing.assert_array_equal(np.array(table[f"r{index}", 0]["embedding"], dtype=np.float32), expected[index])
         assert table[f"r{index}", 0]["n_tokens"] == 2
+
+
+def test_a_session_that_keeps_no_metrics_of_its_commits_publishes(
+    spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path]
+) -> None:
+    write_rows(rows_of("one fish"))
+
+    with with_settings(spark, {"spark.databricks.delta.history.metricsEnabled": "false"}):
+        report = embed(spark, load_run(run_file()))
+
+    assert (report.status, report.version, report.bytes_written) == ("published", 0, 0)
 
 
 def test_one_merge_moves_the_table_to_a_changed_source(

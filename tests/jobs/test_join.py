@@ -18,6 +18,7 @@ from shoal.jobs.embed import embed
 from shoal.jobs.indexing import VERB, build
 from shoal.jobs.join import join
 from shoal.jobs.operation import operating
+from shoal.jobs.session import with_settings
 from shoal.udfs.hash_encoder import hash_vectors
 
 pytestmark = pytest.mark.spark
@@ -135,6 +136,15 @@ def test_the_versions_that_were_read_are_joined_whatever_is_committed_meanwhile(
     rows = spark.read.format("delta").load(str(tmp_path / "pairs")).orderBy("left_id").collect()
     assert [(row["left_id"], row["right_n"], row["rank"]) for row in rows] == expected(1)
     assert (found["right"]["version"], found["right"]["rows"]) == (0, 6)
+
+
+def test_pairs_are_counted_where_a_session_keeps_no_metrics_of_its_commits(
+    spark: SparkSession, tables: dict[str, str], tmp_path: Path
+) -> None:
+    with with_settings(spark, {"spark.databricks.delta.history.metricsEnabled": "false"}):
+        found = join(spark, tables["left"], tables["right"], str(tmp_path / "pairs"), k=2, say=quiet)
+
+    assert (found["version"], found["pairs_written"]) == (0, 3 * 2)
 
 
 def test_a_result_in_the_catalog_goes_by_its_name(spark: SparkSession, tables: dict[str, str]) -> None:
