@@ -1,6 +1,6 @@
 """The quickstart's corpus: docstrings of the running Python's standard library, read with `ast`, nothing imported.
 
-One JSON line per documented module, class, function and method:
+One JSON line per documented module, class, function and method that has a public name:
 id (`module:qualname`, `module:` for a module, `#2` and so on appended where a name is defined again), module, qualname,
 kind (module | class | function | method), signature ("" for modules), doc (dedented).
 """
@@ -20,12 +20,16 @@ LEFT_OUT = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "idle_test", "__pycache__"}
 )
 
+# Not of every Python: some distributions leave out what needs Tk, and 3.12 has no distutils.
+NOT_EVERYWHERE = frozenset({"distutils", "tkinter", "turtle", "turtledemo"})
+
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def write_corpus(path: Path) -> int:
     """Write the corpus to `path` and return its rows; a file that already says the same is left untouched."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in stdlib_rows(Path(sysconfig.get_path("stdlib")))]
+    rows = stdlib_rows(Path(sysconfig.get_path("stdlib")))
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows if _is_public(row)]
     content = "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
     if not (path.is_file() and path.read_bytes() == content):
         _write_at_once(path, content)
@@ -39,6 +43,12 @@ def stdlib_rows(root: Path) -> Iterator[dict[str, str]]:
             tree = _parse(file)
             if tree is not None:
                 yield from module_rows(module_name(root, file), tree)
+
+
+def _is_public(row: dict[str, str]) -> bool:
+    names = [*row["module"].split("."), *row["qualname"].split(".")]
+    private = any(name.startswith("_") and not name.endswith("__") for name in names)
+    return not private and names[0] not in NOT_EVERYWHERE
 
 
 def module_name(root: Path, file: Path) -> str:

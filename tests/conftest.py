@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # Hundreds of small queries, each run once or twice: compiling and adapting their plans costs more than it saves, half
-# of the time of a run. Tests on a cluster, of the command line and of the quickstart leave Spark as users have it.
+# of the time of a run. The test of the quickstart leaves Spark as users have it.
 SMALL_QUERIES = {
     "spark.driver.extraJavaOptions": "-XX:+UseSerialGC -XX:TieredStopAtLevel=4",
     "spark.sql.adaptive.enabled": "false",
@@ -30,7 +30,11 @@ SMALL_QUERIES = {
 
 # A JVM that lives for a command spends half of its time on compiling what it will not run often enough; the session of
 # the tests above lives for hundreds of them.
-os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
+SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+COMPILED = ("spark.sql.adaptive.enabled", "spark.sql.codegen.factoryMode", "spark.sql.codegen.wholeStage")
+os.environ.setdefault(
+    "SPARK_SUBMIT_OPTS", " ".join([SHORT_LIVED, *(f"-D{name}={SMALL_QUERIES[name]}" for name in COMPILED)])
+)
 
 # These run commands in processes of their own, encode with a real model, or both.
 LONGEST = {"test_quickstart.py", "test_protocol.py", "test_cranfield.py", "test_docs.py"}

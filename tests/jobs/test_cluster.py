@@ -332,6 +332,7 @@ def test_a_first_run_cannot_know_which_executor_is_right(
     assert "executors give different vectors for the same texts" in done.stderr
 
 
+@pytest.mark.long
 def test_two_runs_share_a_cluster(
     cluster: Cluster, elsewhere: Path, spark: SparkSession, write_rows: Callable, run_file: Callable, tmp_path: Path
 ) -> None:
@@ -390,6 +391,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_packed_environment_is_sent_and_what_it_lacks_is_told_before_anything_is_encoded(
     cluster: Cluster, target: Path, elsewhere: Path, packed: Path, run_file: Callable[..., Path]
 ) -> None:

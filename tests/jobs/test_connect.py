@@ -40,6 +40,17 @@ SETTINGS = {
 }
 # A client may set it, and a small table notices it.
 CONF = {"spark.sql.shuffle.partitions": "4"}
+COMMANDS = """
+import contextlib, io, json, sys
+from shoal.jobs.cli import main
+
+told = []
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(words) == 0
+    told.append(printed.getvalue())
+print(json.dumps(told))
+"""
 TEXTS = {"a": "one text about fish", "b": "another about shoals in the sea", "c": "a third, about Spark", "d": ""}
 
 
@@ -103,6 +114,16 @@ def shoal(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(call, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
+def one_after_another(*commands: list[object], **variables: str) -> list[Any]:
+    """What each of these commands prints as JSON, all in one process in which no Java can be found."""
+    env = {key: value for key, value in clean_environment().items() if not key.startswith("JAVA")}
+    env |= {"PATH": str(Path(sys.executable).parent), **variables}
+    call = [sys.executable, "-c", COMMANDS, json.dumps([[*map(str, words), "--json"] for words in commands])]
+    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(printed) for printed in json.loads(done.stdout)]
+
+
 def rows_of(spark: SparkSession, table: Path) -> dict[str, dict[str, Any]]:
     rows = spark.read.format("delta").load(str(table)).drop("embedded_at").collect()
     return {row["id"]: row.asDict() for row in rows}
@@ -145,17 +166,21 @@ def test_a_run_through_connect_makes_the_table_that_a_session_of_our_own_makes(
         assert vectors[0].size == 0 or cosines(*vectors).min() > 0.9999
         assert found[name] == row
 
-    there, table = {"SPARK_REMOTE": server.address}, tmp_path / "out/docs"
-    planned = shoal("plan", path, "--json")
-    assert json.loads(planned.stdout)["rows"]["unchanged"] == 3, planned.stderr
-    restored = shoal("restore", table, "--to", "0", **there)
-    assert restored.returncode == 0, restored.stderr
-    entries = json.loads(shoal("history", table, "--json", **there).stdout)["entries"]
-    assert [(each["version"], each["verb"]) for each in entries] == [(2, "restore"), (1, "embed"), (0, "embed")]
+    table = tmp_path / "out/docs"
+    planned, _, history, hits, errors = one_after_another(
+        ["plan", path],
+        ["restore", table, "--to", "0"],
+        ["history", table],
+        ["search", table, TEXTS["a"]],
+        ["errors", table],
+        SPARK_REMOTE=server.address,
+    )
+    assert planned["rows"]["unchanged"] == 3
+    told = [(each["version"], each["verb"]) for each in history["entries"]]
+    assert told == [(2, "restore"), (1, "embed"), (0, "embed")]
     assert rows_of(spark, table).keys() == TEXTS.keys()
-    hits = json.loads(shoal("search", table, TEXTS["a"], "--json", **there).stdout)
     assert hits[0]["id"] == "a"
-    assert "blank_text" in shoal("errors", table, **there).stdout
+    assert [each["reason"] for each in errors] == ["blank_text"]
 
 
 def test_what_needs_java_on_this_side_is_refused_by_name(server: Server, run_file: Callable[..., Path]) -> None:
@@ -199,6 +224,7 @@ def test_a_target_names_the_server_and_the_code_of_the_run_comes_back(
 
 
 # The last one that uses the server: it ends it.
+@pytest.mark.long
 def test_a_server_that_dies_in_the_middle_ends_the_run_once_and_in_words(
     server: Server, write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -103,6 +103,7 @@ def test_a_run_is_submitted_followed_and_told(
     assert task["existing_cluster_id"] == "0923-164208-meows279"
 
 
+@pytest.mark.long
 @pytest.mark.spark
 @pytest.mark.slow
 def test_the_exit_code_of_a_refused_run_is_that_of_the_command_and_its_task_fails(

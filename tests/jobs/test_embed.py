@@ -139,7 +139,7 @@ SNAPSHOTS = st.dictionaries(
 
 
 @pytest.mark.slow
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(history=st.lists(SNAPSHOTS, min_size=2, max_size=3))
 def test_after_every_night_of_any_history_the_table_equals_a_rebuild_from_scratch(
     spark: SparkSession,

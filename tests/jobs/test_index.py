@@ -337,6 +337,7 @@ def test_a_fold_that_was_killed_is_written_down_and_the_next_goes_on(
     assert night(spark, folder, [*range(ROWS), 1000]).status == "unchanged"
 
 
+@pytest.mark.long
 def test_a_match_looks_in_cells_until_they_hold_enough_rows_that_match(
     spark: SparkSession, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,6 +368,7 @@ def test_a_match_looks_in_cells_until_they_hold_enough_rows_that_match(
             spark.sql(f"SELECT count(*) FROM {call}").collect()
 
 
+@pytest.mark.long
 def test_a_batch_looks_at_all_cells_or_for_each_vector_in_the_nearest(
     spark: SparkSession, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,6 +523,7 @@ def test_an_index_without_its_centroids_says_what_to_do(spark: SparkSession, fol
     assert audit(spark, str(ref)).is_clean
 
 
+@pytest.mark.long
 def test_rows_in_cells_that_there_are_not_are_found(spark: SparkSession, folder: Path) -> None:
     ref = ref_of(spark, folder)
     spark.sql(f"UPDATE {ref.sql} SET cell = IF(id = 7, {FRESH}, 99) WHERE id IN (5, 6, 7)")

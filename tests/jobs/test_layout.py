@@ -91,6 +91,7 @@ def test_a_table_by_name_is_made_kept_in_step_and_searched_by_its_name(
     json.dumps([hits, failed])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_external_table_is_kept_in_its_folder_and_found_by_name_and_by_path(
     spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path

@@ -365,6 +365,7 @@ def test_a_night_killed_in_its_migration_is_finished_by_the_next_and_encodes_not
     assert (cut["verb"], cut["version"], cut["generation"]) == ("cutover", len(commits), len(commits) + 1)
 
 
+@pytest.mark.long
 def test_a_full_refresh_takes_no_vector_from_an_earlier_version_of_another_encoder(
     spark: SparkSession, night: Callable[..., RunConfig]
 ) -> None:

@@ -374,6 +374,7 @@ def publish_meanwhile(spark: SparkSession, config: RunConfig, ref: TableRef) -> 
     assert embed(spark, config).record()["status"] == "published"
 
 
+@pytest.mark.long
 def test_a_run_that_lost_its_lease_to_a_publication_stops_before_its_own(spark: SparkSession, after_day: Path) -> None:
     config = load_run(after_day)
     ref = table_of(spark, config.destination)
@@ -451,6 +452,7 @@ def test_a_foreign_append_between_plan_and_publication_overtakes_the_run(spark: 
     assert contents(spark, ref) == rebuilt(NIGHT), "the next run plans on the table as the other left it"
 
 
+@pytest.mark.long
 def test_an_optimize_between_plan_and_publication_does_no_harm(spark: SparkSession, after_day: Path) -> None:
     config = load_run(after_day)
     ref = table_of(spark, config.destination)

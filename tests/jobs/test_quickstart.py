@@ -41,7 +41,8 @@ def wait_for_waves(folder: Path, count: int, process: subprocess.Popen[bytes]) -
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a quickstart, and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart")
-    done = subprocess.run([SHOAL, "quickstart"], cwd=folder, capture_output=True, text=True, check=False)
+    env = os.environ | {"SPARK_SUBMIT_OPTS": ""}
+    done = subprocess.run([SHOAL, "quickstart"], cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -58,7 +59,7 @@ def require_whole(folder: Path) -> dict[str, int]:
     chunks = run["chunks"]
     assert run["status"] == "published"
     assert chunks["encoded"] == chunks["distinct"] - chunks["reused"]
-    assert chunks["embedded"] == chunks["planned"] > 5000
+    assert chunks["embedded"] == chunks["planned"] > 4000
     assert chunks["errors"] == 0
     return chunks
 

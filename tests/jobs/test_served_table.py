@@ -57,6 +57,7 @@ def test_a_table_is_read_with_its_columns_and_encoder_and_moves_with_every_commi
     assert caught.value.code == "TABLE_NOT_FOUND"
 
 
+@pytest.mark.long
 def test_a_table_made_anew_at_the_same_version_is_another_one(
     spark: SparkSession, run_file: Callable[..., Path], write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:

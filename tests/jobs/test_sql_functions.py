@@ -282,6 +282,7 @@ def test_without_texts_or_an_encoder_a_table_answers_what_it_can(
     assert len(spark.sql("SELECT * FROM bare_similar(0, 'a', 3)").collect()) == 3
 
 
+@pytest.mark.long
 def test_a_cut_over_changes_rows_and_encoder_in_one_step(spark: SparkSession, write: Callable[..., str]) -> None:
     functions = install(spark, {"moving": write("moving", encoder={"model": "hash:8"})})
     exact = "SELECT query, shoal_score FROM moving_search('red fish', 1)"
@@ -299,6 +300,7 @@ def test_a_cut_over_changes_rows_and_encoder_in_one_step(spark: SparkSession, wr
     assert functions.served["moving"].version == 1
 
 
+@pytest.mark.long
 def test_a_replacement_that_failed_half_way_is_made_at_the_next_look(
     spark: SparkSession, write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +316,7 @@ def test_a_replacement_that_failed_half_way_is_made_at_the_next_look(
     assert [row["text"] for row in spark.sql("SELECT text FROM shaky_scores('a tide')").collect()] == ["a tide"]
 
 
+@pytest.mark.long
 def test_a_client_in_another_schema_changes_no_table_that_is_followed(
     spark: SparkSession, write: Callable[..., str]
 ) -> None:

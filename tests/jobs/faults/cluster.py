@@ -27,6 +27,11 @@ BARE = {"PATH", "HOME", "JAVA_HOME", "TMPDIR", "SPARK_SUBMIT_OPTS"}
 SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 """Options of a JVM that ends before the code it would compile best has paid for that; executors have it too."""
 
+SMALL_QUERIES = (
+    "-Dspark.sql.adaptive.enabled=false -Dspark.sql.codegen.factoryMode=NO_CODEGEN -Dspark.sql.codegen.wholeStage=false"
+)
+"""And of a driver whose queries run once or twice: compiling and adapting their plans would cost more than it saves."""
+
 
 class Cluster:
     """Daemons as processes of their own; `stop` or `kill` ends them, with all executors and Python workers."""
@@ -161,7 +166,7 @@ def die_with_parent() -> None:
 def clean_environment() -> dict[str, str]:
     """This process's environment without what Spark would take settings from, for drivers that are short-lived."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SPARK_", "PYSPARK_"))}
-    return kept | {"SPARK_SUBMIT_OPTS": SHORT_LIVED}
+    return kept | {"SPARK_SUBMIT_OPTS": f"{SHORT_LIVED} {SMALL_QUERIES}"}
 
 
 def bare_environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cluster import Cluster, clean_environment, die_with_parent
+from cluster import SHORT_LIVED, Cluster, clean_environment, die_with_parent
 
 from shoal.jobs.quickstart import prepare
 
@@ -85,7 +85,7 @@ def submitted(folder: Path, number: int, table: str) -> dict[str, Any]:
     words += ["--set", f"destination.path={folder / table}", "--set", "tracking.enabled=false"]
     done = subprocess.run(
         [str(SHOAL), *map(str, words)],
-        env=clean_environment() | {"SPARK_LOCAL_IP": "127.0.0.1"}, cwd=folder,
+        env=clean_environment() | {"SPARK_LOCAL_IP": "127.0.0.1", "SPARK_SUBMIT_OPTS": SHORT_LIVED}, cwd=folder,
         capture_output=True, text=True, check=False, preexec_fn=die_with_parent,
     )  # fmt: skip
     if done.returncode:
