@@ -58,10 +58,10 @@ stores: $(STORES) ## fetch the jars for s3a:// (700 MB) and PostgreSQL, which th
 quickstart: install ## embed the standard library's docstrings, then search them; again: nothing to do
 	@$(VENV)/bin/shoal quickstart
 
-test: install $(STORES) $(SCHEDULERS) ## all tests but the long ones: half an hour and more on two cores
+test: install $(STORES) $(SCHEDULERS) ## all tests but the long ones: half an hour on two cores
 	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-test-long: install $(STORES) ## what `test` leaves out: long histories, kills at every step, benches; an hour
+test-long: install $(STORES) ## what `test` leaves out: variations, long histories, kills at every step, benches; an hour and more
 	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m long
 
 test-spark-4.0: ## the main job on Spark 4.0 with its Delta, in an environment of its own

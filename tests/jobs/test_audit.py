@@ -176,6 +176,7 @@ def test_a_vector_that_a_foreign_writer_replaced_is_made_good_by_a_merge(spark: 
     require_sound(spark, table)
 
 
+@pytest.mark.long
 def test_lost_and_rotten_files_are_found_and_a_full_refresh_encodes_everything_again(
     spark: SparkSession, table: str
 ) -> None:

@@ -354,6 +354,7 @@ def test_two_runs_share_a_cluster(
     assert both > max(ended - began for began, ended in times) / 2
 
 
+@pytest.mark.long
 def test_a_doctor_visits_both_executors_and_their_model_has_been_sent(
     target: Path, elsewhere: Path, run_file: Callable[..., Path]
 ) -> None:

@@ -222,6 +222,7 @@ def test_a_gate_that_search_does_not_pass_stops_the_publication(
     assert record["ndcg"] == 1.0
 
 
+@pytest.mark.long
 def test_table_settings_that_change_later_take_effect_and_other_key_columns_are_refused(
     spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path
 ) -> None:

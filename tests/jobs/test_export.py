@@ -1,8 +1,8 @@
 """What `shoal export` writes, read by the libraries it is for."""
 
 import json
+import shutil
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,31 @@ TEXTS = {"a": "one fish", "b": "two fish", "c": None, "d": "red fish"}
 VECTORS = {key: hash_vectors([text], 8)[0] for key, text in TEXTS.items() if text}
 
 
-@pytest.fixture
-def table(spark: SparkSession, write_rows: Callable[..., Path], run_file: Callable[..., Path], tmp_path: Path) -> str:
-    write_rows([{"id": key, "body": text, "tag": key * 2, "until": UNTIL} for key, text in TEXTS.items()])
-    source = {
-        "format": "json", "path": "corpus.jsonl", "key": "id", "text": "body", "columns": ["tag", "until"],
-        "schema": "id STRING, body STRING, tag STRING, until TIMESTAMP",
+@pytest.fixture(scope="module")
+def made(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table, to be copied."""
+    folder = tmp_path_factory.mktemp("made")
+    rows = [{"id": key, "body": text, "tag": key * 2, "until": UNTIL} for key, text in TEXTS.items()]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = {
+        "name": "docs",
+        "source": {
+            "format": "json", "path": "corpus.jsonl", "key": "id", "text": "body", "columns": ["tag", "until"],
+            "schema": "id STRING, body STRING, tag STRING, until TIMESTAMP",
+        },
+        "encoder": {"model": "hash:8"},
+        "destination": {"path": "docs"},
+        "tracking": {"enabled": False},
     }  # fmt: skip
-    embed(spark, load_run(run_file(source=source)))
-    return str(tmp_path / "out" / "docs")
+    (folder / "run.yaml").write_text(json.dumps(run))
+    embed(spark, load_run(folder / "run.yaml"))
+    return folder
+
+
+@pytest.fixture
+def table(made: Path, tmp_path: Path) -> str:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return str(tmp_path / "docs")
 
 
 def require_rows(rows: list[dict[str, Any]]) -> None:

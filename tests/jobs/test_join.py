@@ -182,6 +182,7 @@ def test_what_the_verb_did_not_make_is_never_written_over(
     assert spark.sql(f"DESCRIBE HISTORY delta.`{tables['left']}`").count() == 1
 
 
+@pytest.mark.long
 def test_an_index_narrows_a_join_to_the_nearest_cells_and_what_is_fresh(
     spark: SparkSession, tables: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -158,7 +158,7 @@ REPLACE, MERGE = "CREATE OR REPLACE TABLE AS SELECT", "MERGE"
         pytest.param(True, "planned", False, marks=pytest.mark.long),
         pytest.param(False, "probed", False, marks=pytest.mark.long),
         pytest.param(False, "wave 1 staged", False, marks=pytest.mark.long),
-        pytest.param(True, "wave 1 staged", False, marks=pytest.mark.long),
+        (True, "wave 1 staged", False),
         pytest.param(True, "audited", False, marks=pytest.mark.long),
         pytest.param(False, "fenced", False, marks=pytest.mark.long),
         pytest.param(False, "landed", True, marks=pytest.mark.long),

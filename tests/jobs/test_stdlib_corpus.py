@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal.jobs import stdlib_corpus
 from shoal.jobs.stdlib_corpus import module_name, module_rows, stdlib_rows, write_corpus
 
 SOURCE = '''
@@ -101,7 +102,17 @@ def test_the_corpus_is_the_same_in_another_process_with_another_hash_seed(corpus
     assert again.read_bytes() == corpus.read_bytes()
 
 
-def test_an_equal_file_is_left_untouched_and_another_one_is_replaced(corpus):
+@pytest.fixture
+def small(monkeypatch):
+    """A standard library of two functions."""
+    rows = list(module_rows("pond", ast.parse('def swim():\n    """Swims."""\n\ndef dive():\n    """Dives."""\n')))
+    monkeypatch.setattr(stdlib_corpus, "stdlib_rows", lambda _: iter(rows))
+
+
+@pytest.mark.usefixtures("small")
+def test_an_equal_file_is_left_untouched_and_another_one_is_replaced(tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    assert write_corpus(corpus) == 2
     before = corpus.stat()
     num_rows = write_corpus(corpus)
     after = corpus.stat()
@@ -114,6 +125,7 @@ def test_an_equal_file_is_left_untouched_and_another_one_is_replaced(corpus):
     assert [entry.name for entry in corpus.parent.iterdir()] == ["corpus.jsonl"]
 
 
+@pytest.mark.usefixtures("small")
 def test_a_failed_write_leaves_the_former_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "corpus.jsonl"
     path.write_text("former")

@@ -1,5 +1,6 @@
 """What nobody needs any more, and what somebody may: staging by encoder and age, work of runs that live or died."""
 
+import shutil
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,14 +24,22 @@ NOW = datetime.now(UTC)
 OLD = NOW - timedelta(days=30)
 
 
-@pytest.fixture
-def published(spark: SparkSession, tmp_path: Path) -> Published:
-    (tmp_path / "corpus.jsonl").write_text('{"id": "a", "body": "one"}\n{"id": "b", "body": "two"}\n')
-    (tmp_path / "run.yaml").write_text(
+@pytest.fixture(scope="module")
+def made(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table, to be copied."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "corpus.jsonl").write_text('{"id": "a", "body": "one"}\n{"id": "b", "body": "two"}\n')
+    (folder / "run.yaml").write_text(
         "{name: docs, source: {format: json, path: corpus.jsonl, key: id, text: body, schema: 'id STRING, body STRING'}"
         ", encoder: {model: 'hash:8'}, destination: {path: out/docs}, tracking: {enabled: false}}"
     )
-    embed(spark, load_run(tmp_path / "run.yaml"))
+    embed(spark, load_run(folder / "run.yaml"))
+    return folder
+
+
+@pytest.fixture
+def published(spark: SparkSession, made: Path, tmp_path: Path) -> Published:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return table_of_ours(spark, str(tmp_path / "out/docs"))
 
 
