@@ -236,4 +236,6 @@ def test_ci_runs_what_make_check_runs() -> None:
     assert os.access(script, os.X_OK)
     assert "make check </dev/null" in script.read_text()
     plan = make("--dry-run", "check").stdout
-    assert all(tool in plan for tool in ("ruff check", "ruff format --check", "mypy", "-m pytest"))
+    assert all(
+        tool in plan for tool in ("ruff check", "ruff format --check", "hadolint Dockerfile", "mypy", "-m pytest")
+    )
