@@ -354,7 +354,15 @@ class HookConfig(Section):
         default=None, description="Shell command; the document comes on its standard input. This or `webhook`."
     )
     webhook: (
-        Annotated[str, BeforeValidator(checked(r"https?://[^\s/]+\S*", "write an http:// or https:// address"))] | None
+        Annotated[
+            str,
+            BeforeValidator(
+                checked(
+                    r"https?://[^\s/?#@]+([/?#]\S*)?", "write an http:// or https:// address without user:password@"
+                )
+            ),
+        ]
+        | None
     ) = Field(default=None, description="URL that the document is sent to by POST; only its host is ever shown.")
     timeout: Duration = Field(default=timedelta(seconds=30), description="Longest time for one attempt.")
     retries: NaturalInt = Field(default=2, description="Further attempts when one fails.")

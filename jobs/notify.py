@@ -1,8 +1,10 @@
 """Tells others that a run is over, by a command or a webhook; whatever becomes of that, the run stays what it was."""
 
+import http.client
 import os
 import signal
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -44,7 +46,7 @@ def notify(
                 _post(hook.webhook, document, seconds)
             else:
                 _call(hook.command or "", document, facts, seconds)
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
+        except (OSError, ValueError, http.client.HTTPException, subprocess.SubprocessError) as error:
             told = _told(error, seconds)
             continue
         return True
@@ -61,30 +63,36 @@ def _post(url: str, document: str, seconds: float) -> None:
         url, data=document.encode(), headers={"Content-Type": "application/json"}, method="POST"
     )
     opener = urllib.request.build_opener(_NoRedirect)
-    with opener.open(request, timeout=seconds) as answer:
-        answer.read(1)
+    opener.open(request, timeout=seconds).close()
 
 
 def _call(command: str, document: str, facts: dict[str, str], seconds: float) -> None:
-    """Runs the command in a process group of its own, which is killed as a whole at the time limit."""
-    process = subprocess.Popen(
-        ["/bin/sh", "-c", command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **facts},
-        start_new_session=True,
-    )
-    try:
-        _, complaint = process.communicate(document, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise
-    if process.returncode:
-        last = (complaint.strip().splitlines() or ["nothing on stderr"])[-1][:200]
-        raise OSError(f"it ended with code {process.returncode} ({last})")
+    """Runs the command in a process group of its own, which is killed as a whole at the time limit.
+
+    It has files and no pipes: a process that it leaves behind keeps nobody waiting.
+    """
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as complaint:
+        given.write(document.encode())
+        given.seek(0)
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            stdin=given,
+            stdout=subprocess.DEVNULL,
+            stderr=complaint,
+            env={**os.environ, **facts},
+            start_new_session=True,
+        )
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        if process.returncode:
+            complaint.seek(0)
+            lines = complaint.read().decode(errors="replace").strip().splitlines()
+            last = (lines or ["nothing on stderr"])[-1][:200]
+            raise OSError(f"it ended with code {process.returncode} ({last})")
 
 
 def _told(error: Exception, seconds: float) -> str:
@@ -95,4 +103,6 @@ def _told(error: Exception, seconds: float) -> str:
         return f"no end within {seconds:g} s"
     if isinstance(error, urllib.error.URLError):
         return f"it cannot be reached ({error.reason})"
-    return str(error)
+    if isinstance(error, http.client.HTTPException) and not isinstance(error, http.client.InvalidURL):
+        return f"what answers does not speak HTTP ({type(error).__name__})"
+    return str(error) if isinstance(error, OSError) else f"it is not usable ({type(error).__name__})"

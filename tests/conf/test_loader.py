@@ -206,6 +206,7 @@ def test_a_broken_setting_is_not_blamed_twice(tmp_path: Path) -> None:
         ("chunk.tokens=[1]", "chunk.tokens is a list of 1; write a whole number."),
         ("chunk=5", "chunk is 5; write a mapping of settings."),
         ("source=null", "run.yaml: source is not set; it is required: where the rows come from."),
+        ("on_success={webhook: 'https://user:pw@host/x'}", "https:// address without user:password@"),
         ("tracking.enabled=yes", "tracking.enabled is 'yes'; write true or false."),
         ("encode.price_per_hour=-1", "encode.price_per_hour is -1; write a number at least 0."),
         ("spark.conf=5", "spark.conf is 5; write a mapping of names to values."),

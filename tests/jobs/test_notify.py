@@ -1,6 +1,10 @@
 """Hooks: a command and a webhook get the run's document; what goes wrong with them is one line and nothing else."""
 
 import json
+import os
+import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -92,6 +96,60 @@ def test_a_webhook_that_nobody_listens_to_is_a_warning() -> None:
     assert not done
     assert "cannot be reached" in said[0]
     assert "s3cret" not in said[0]
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.2\r\n", b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"])
+def test_a_webhook_that_does_not_speak_http_is_a_warning(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def talk() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=talk)
+        thread.start()
+        done, said = told_by(HookConfig(webhook=f"http://127.0.0.1:{listener.getsockname()[1]}/s3cret", retries=0))
+        thread.join()
+
+    assert done is (b"200" in answer), "a taken document is taken, however short the answer"
+    assert "s3cret" not in "".join(said)
+    assert done or "on_success.webhook" in said[0]
+
+
+def test_an_address_that_python_refuses_is_a_warning_without_it() -> None:
+    done, said = told_by(HookConfig(webhook="http://127.0.0.1:9/s3cret\x7f", retries=0))
+
+    assert not done
+    assert "s3cret" not in said[0]
+    assert "not usable (InvalidURL)" in said[0]
+
+
+def test_a_command_that_complains_in_another_encoding_is_told_and_one_that_succeeds_is_done(tmp_path: Path) -> None:
+    done, said = told_by(HookConfig(command=r"printf 'caf\351' >&2; exit 3", retries=0))
+    again = told_by(HookConfig(command=rf"echo x >> '{tmp_path}/tries'; printf 'caf\351' >&2", retries=2))
+
+    assert not done
+    assert "it ended with code 3 (caf\ufffd)" in said[0]
+    assert again == (True, [])
+    assert (tmp_path / "tries").read_text() == "x\n", "called once"
+
+
+def test_nobody_waits_for_a_process_that_a_command_leaves_behind(tmp_path: Path) -> None:
+    left = tmp_path / "left.py"
+    left.write_text(
+        "import os, pathlib, time\n"
+        "os.setsid()\n"
+        "pathlib.Path(__file__).with_name('child').write_text(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    hook = HookConfig(command=f'"{sys.executable}" {left} & while [ ! -s "{tmp_path}/child" ]; do sleep 0.1; done')
+
+    try:
+        assert told_by(hook) == (True, []), "it was not the time limit that ended it"
+    finally:
+        os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
 
 
 def test_a_command_reads_the_document_and_finds_the_status_in_its_environment(tmp_path: Path) -> None:
