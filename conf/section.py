@@ -216,6 +216,10 @@ class Section(BaseModel):
         """The settings by their YAML names, defaults included, as plain JSON values with every secret as `***`."""
         return _redact(self.model_dump(mode="json", by_alias=True), (), self._hidden)
 
+    def masked_texts(self) -> Iterator[tuple[str, str]]:
+        """Each value that is not shown as it is, as text, and what is shown; wherever it came from."""
+        yield from _masked(self.model_dump(mode="json", by_alias=True), ())
+
     def hide(self, settings: frozenset[SettingPath]) -> None:
         """Mark settings (paths inside this section) whose values came from the environment: never shown again."""
         self._hidden = settings
@@ -236,6 +240,15 @@ def _redact(value: Any, path: SettingPath, hidden: frozenset[SettingPath]) -> An
     if isinstance(value, list):
         return [_redact(item, (*path, index), hidden) for index, item in enumerate(value)]
     return shown(value, path)
+
+
+def _masked(value: Any, path: SettingPath) -> Iterator[tuple[str, str]]:
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if entries is not None:
+        for name, item in entries:
+            yield from _masked(item, (*path, name))
+    elif value is not None and (masked := shown(value, path)) != value:
+        yield str(value), masked
 
 
 def shown(value: Any, path: SettingPath) -> Any:

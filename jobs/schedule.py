@@ -15,8 +15,10 @@ from typing import Any, Final
 
 import yaml
 
+from shoal.conf import roots
 from shoal.conf.loader import SHIPPED_TARGETS, load_target
 from shoal.conf.run import RunConfig
+from shoal.conf.section import Section
 from shoal.jobs.remote import require_absolute
 from shoal.jobs.schedule_rules import (
     LONGEST_HOURS,
@@ -64,11 +66,13 @@ def schedule(kind: str, file: Path, config: RunConfig, at: str, target: str | No
     hour, minute = hour_and_minute(at)
     path = file.absolute()
     files = {path.name: path}
-    names = named_variables([path.read_text(encoding="utf-8-sig")], overrides)
+    names = named_variables([path.read_text(encoding="utf-8-sig")], overrides) | {roots.VARIABLE}
+    sections: list[Section] = [config]
     verb = ["embed", str(path)]
     image, calls = "IMAGE", False
     if target is not None:
         found = load_target(target)
+        sections.append(found)
         shipped = SHIPPED_TARGETS / f"{target}.yaml"
         if not shipped.is_file():
             target = str(Path(target).absolute())
@@ -82,7 +86,10 @@ def schedule(kind: str, file: Path, config: RunConfig, at: str, target: str | No
         names |= variables_of_kind("local", in_pod=False)
     if kind == "kubernetes":
         require_absolute(config)
-    variables, secrets = split_variables(names, config)
+    variables, secrets = split_variables(names, sections)
+    if config.source.database and (password := config.source.database.password_env):
+        variables.pop(password, None)
+        secrets = tuple(sorted({*secrets, password}))
     packed = variables.get("SHOAL_ENVIRONMENT", "")
     if Path(packed).is_file():
         # A target that Shoal brings takes it from the working directory, which will be another.

@@ -5,14 +5,14 @@ The exit codes decide: 1 is tried again once, 2 and 3 wait for somebody, 4 means
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import yaml
 
 from shoal.conf.errors import ConfigError, RefusedError, UserError
 from shoal.conf.redact import is_secret_name, scrub
-from shoal.conf.run import RunConfig
+from shoal.conf.section import Section
 
 RETRY_MINUTES: Final = 10
 LONGEST_HOURS: Final = 12
@@ -60,17 +60,18 @@ def variables_of_kind(kind: str, *, in_pod: bool) -> set[str]:
     return {*names, *(() if in_pod else _OF_THIS_MACHINE)}
 
 
-def split_variables(names: Iterable[str], config: RunConfig) -> tuple[dict[str, str], tuple[str, ...]]:
+def split_variables(names: Iterable[str], sections: Sequence[Section]) -> tuple[dict[str, str], tuple[str, ...]]:
     """The values of those that are set here, and the names of those that may be secret, whose values nobody writes.
 
-    A name that is not set has a default: loading the files has refused all others.
+    Secret is what a name or a value says so of, and what goes into a value of the sections that is not shown. A name
+    that is not set has a default: loading the files has refused all others.
     """
     found = {name: os.environ[name] for name in sorted(names) if os.environ.get(name) is not None}
-    hooks = [hook.webhook for hook in (config.on_success, config.on_failure) if hook and hook.webhook]
+    masked = [texts for section in sections for texts in section.masked_texts()]
 
     def is_secret(name: str, value: str) -> bool:
-        in_hook = bool(value) and any(value in hook for hook in hooks)
-        return is_secret_name(name) or scrub(value, pairs=True) != value or in_hook or "\n" in value
+        is_used = bool(value) and any(text.count(value) > shown.count(value) for text, shown in masked)
+        return is_secret_name(name) or scrub(value, pairs=True) != value or is_used or "\n" in value
 
     secrets = tuple(name for name, value in found.items() if is_secret(name, value))
     return {name: value for name, value in found.items() if name not in secrets}, secrets

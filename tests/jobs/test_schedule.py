@@ -258,6 +258,55 @@ def test_an_address_with_a_token_is_a_secret_whatever_its_name(
     assert "hush" not in render("systemd", target="connect")
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_variable_is_a_secret_by_what_it_goes_into(
+    kind: str, render: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = {
+        "ML_LOGIN": "hush-ml",
+        "CONNECT_LOGIN": "hush-sc",
+        "LAKE": "hush-s3",
+        "NODES": "hush-target",
+        "PG": "hush-pg",
+    }
+    for name, value in {**used, "BUCKET": "corpora", "SHOAL_ROOTS": "s3a://,/work,/tmp"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "own.yaml").write_text(
+        TARGET.replace("${THE_MASTER}", "spark://host:7077").replace("THE_SECRET", "NODES")
+    )
+
+    text = render(
+        kind,
+        target=str(tmp_path / "own.yaml"),
+        source={
+            "format": "jdbc",
+            "table": "${BUCKET}",
+            "key": "id",
+            "text": "body",
+            "database": {"url": "jdbc:postgresql://host/d", "user": "u", "password_env": "PG"},
+        },
+        destination={"path": "s3a://${BUCKET}/docs", "properties": {"x.secret.key": "${LAKE}"}},
+        tracking={"enabled": True, "uri": "http://u:${ML_LOGIN}@host:5000"},
+        spark={"remote": "sc://host/;token=${CONNECT_LOGIN}"},
+    )
+
+    assert "hush" not in text
+    for name in used:
+        assert name in text
+    assert "corpora" in text
+    assert "s3a://,/work,/tmp" in text, "whoever runs it keeps to the same places"
+
+
+def test_a_password_is_asked_for_although_it_is_not_set_here(render: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PG_LOGIN", raising=False)
+    database = {"url": "jdbc:postgresql://host/d", "user": "u", "password_env": "PG_LOGIN"}
+
+    text = render("cron", source={"format": "jdbc", "table": "t", "key": "id", "text": "body", "database": database})
+
+    assert "has a line NAME='value' for PG_LOGIN." in text
+    assert ".shoal-docs.env" in text.splitlines()[-1]
+
+
 def test_a_variable_that_is_not_set_is_named(
     render: Callable, own_target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
