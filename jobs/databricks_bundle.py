@@ -67,6 +67,9 @@ def _from_here(shown: Any, found: Any, place: str = "") -> Iterator[str]:
     if isinstance(found, Mapping):
         for name, value in found.items():
             yield from _from_here(shown[name], value, f"{place}.{name}" if place else name)
+    elif isinstance(found, list) and isinstance(shown, list):
+        for index, value in enumerate(found):
+            yield from _from_here(shown[index], value, f"{place}[{index}]")
     elif shown == MASK and not str(found).startswith("{{secrets/"):
         yield place
 

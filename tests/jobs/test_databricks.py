@@ -265,12 +265,16 @@ def test_a_bundle_shows_nothing_that_came_from_the_environment(
 ) -> None:
     monkeypatch.setenv("WORD", "hush-hush")
     target = tmp_path / "target.yaml"
-    cluster = "spark_version: 17.3.x-scala2.13, spark_env_vars: {SAFE: '{{secrets/shoal/key}}', HARMLESS: '${WORD}'}"
+    cluster = (
+        "spark_version: 17.3.x-scala2.13, spark_env_vars: {SAFE: '{{secrets/shoal/key}}', HARMLESS: '${WORD}'}, "
+        "init_scripts: [{volumes: {destination: /Volumes/a}}, {volumes: {destination: '${WORD}'}}]"
+    )
     target.write_text(f"kind: databricks\nnew_cluster: {{{cluster}}}\n")
     words = ["schedule", str(there()), "--for", "databricks", "--out", str(tmp_path / "x"), "--target", str(target)]
     assert main(words) == 2
     told = capfd.readouterr().err
-    assert "new_cluster of the target has spark_env_vars.HARMLESS from this environment" in told
+    found = "spark_env_vars.HARMLESS, init_scripts[1].volumes.destination"
+    assert f"new_cluster of the target has {found} from this environment" in told
     assert "hush" not in told
     assert not (tmp_path / "x").exists()
 
