@@ -136,9 +136,9 @@ gate: {folder: judged, min_ndcg: 0.1}
         ("tracking.uri=sqlite:////var/mlflow.db", r"tracking\.uri is '/var/mlflow\.db'"),
         ("tracking.uri=../mlruns", r"tracking\.uri"),
         ("tracking.uri=file:{lake}/%2e%2e/mlruns", r"tracking\.uri"),
-        ("destination={table: delta./srv/docs}", r"destination\.table is '/srv/docs'"),
-        ("destination={table: spark_catalog.delta./srv/docs}", r"destination\.table is '/srv/docs'"),
-        ("source={format: table, table: parquet./srv/in, key: id, text: t}", r"source\.table is '/srv/in'"),
+        ("destination={table: delta./lakes/docs}", r"destination\.table is '/lakes/docs'"),
+        ("destination={table: spark_catalog.delta./lakes/docs}", r"destination\.table is '/lakes/docs'"),
+        ("source={format: table, table: parquet./lakes/in, key: id, text: t}", r"source\.table is '/lakes/in'"),
     ],
 )
 def test_every_path_of_a_run_file_has_to_lead_there(lake: Path, change: str, setting: str) -> None:

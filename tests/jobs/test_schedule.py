@@ -269,7 +269,7 @@ def test_a_variable_is_a_secret_by_what_it_goes_into(
         "NODES": "hush-target",
         "PG": "hush-pg",
     }
-    for name, value in {**used, "BUCKET": "corpora", "SHOAL_ROOTS": "s3a://,/work,/tmp"}.items():
+    for name, value in {**used, "BUCKET": "corpora", "SHOAL_ROOTS": "s3a://,/data,/tmp"}.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "own.yaml").write_text(
         TARGET.replace("${THE_MASTER}", "spark://host:7077").replace("THE_SECRET", "NODES")
@@ -294,7 +294,7 @@ def test_a_variable_is_a_secret_by_what_it_goes_into(
     for name in used:
         assert name in text
     assert "corpora" in text
-    assert "s3a://,/work,/tmp" in text, "whoever runs it keeps to the same places"
+    assert "s3a://,/data,/tmp" in text, "whoever runs it keeps to the same places"
 
 
 def test_a_password_is_asked_for_although_it_is_not_set_here(render: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
